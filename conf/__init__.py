@@ -1,0 +1,1 @@
+"""Hydra configuration files. This file lets ``pkg://kvarena.conf`` work in editable installs."""

@@ -1,0 +1,173 @@
+"""Attention kernels: the same arithmetic three ways, and the statistics a policy may ask for.
+
+Shape letters: S sequences, H query heads, K KV heads, G = H/K, Q query tokens, T cached tokens (the
+last Q of them are this pass's own), D head dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvarena.harness.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """What one layer of a model asks of its attention, as transformers passes it.
+
+    softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+    sink_logits: [H], one extra logit per head that takes weight and gives nothing (GPT-OSS).
+    sliding_window: a query sees only tokens less than so many positions back (Mistral, Gemma 3).
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    sliding_window: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.softcap is None and self.sink_logits is None
+
+
+def visible_tokens(
+    query_positions: Tensor, key_positions: Tensor, num_queries: int, sliding_window: int | None
+) -> Tensor | None:
+    """Which of T tokens each of Q queries sees: bool, broadcastable to [S, K, Q, T]; None for all.
+
+    Kept tokens come before the pass's own in storage, so a query sees every place up to its own: a
+    causal mask aligned to the lower right. A sliding window hides what is too far back in the text.
+    query_positions: [S, Q]; key_positions: [S, K, T].
+    """
+    num_tokens = key_positions.shape[-1]
+    mask = None
+    if num_queries > 1:
+        mask = torch.ones(
+            num_queries, num_tokens, dtype=torch.bool, device=key_positions.device
+        ).tril(num_tokens - num_queries)[None, None]
+    if sliding_window is not None:
+        distance = query_positions[:, None, :, None] - key_positions[:, :, None, :]
+        near = distance < sliding_window
+        mask = near if mask is None else mask & near
+    return mask
+
+
+def explicit_weights(
+    query: Tensor, keys: Tensor, mask: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    """Softmax weights [S, K, G, Q, T], float32 or wider; query [S, H, Q, D], keys [S, K, T, D]."""
+    S, H, Q, _ = query.shape
+    K, T = keys.shape[1:3]
+    grouped = query.reshape(S, K, -1, query.shape[-1])  # [S, K, G*Q, D]
+    logits = (grouped @ keys.transpose(-1, -2)).view(S, K, H // K, Q, T) * spec.scaling
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if spec.softcap is not None:
+        logits = torch.tanh(logits / spec.softcap) * spec.softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
+    if spec.sink_logits is None:
+        return logits.softmax(dim=-1)
+    sinks = spec.sink_logits.to(logits.dtype).view(1, K, -1, 1, 1).expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def weighted_values(weights: Tensor, values: Tensor) -> Tensor:
+    """Attention output [S, H, Q, D] of weights [S, K, G, Q, T] over values [S, K, T, D]."""
+    S, K, G, Q, T = weights.shape
+    mixed = weights.to(values.dtype).view(S, K, G * Q, T) @ values
+    return mixed.view(S, K * G, Q, -1)
+
+
+def attend_reference(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    """Plain torch, every weight written out. Honours everything; the yardstick for the others."""
+    return weighted_values(explicit_weights(query, keys, mask, spec), values)
+
+
+def attend_with_mass(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """Output [S, H, Q, D] and the attention mass [S, K, T] each key received, from one softmax.
+
+    One sequence at a time when Q > 1, so that the written-out weights stay at [H, Q, T].
+    """
+    if query.shape[2] > 1 and query.shape[0] > 1:
+        parts = [
+            attend_with_mass(*one, None if mask is None else mask[i % mask.shape[0]][None], spec)
+            for i, one in enumerate(
+                zip(query.split(1), keys.split(1), values.split(1), strict=True)
+            )
+        ]
+        return torch.cat([out for out, _ in parts]), torch.cat([mass for _, mass in parts])
+    weights = explicit_weights(query, keys, mask, spec)
+    return weighted_values(weights, values), weights.sum(dim=(2, 3))
+
+
+def attend_sdpa(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    """torch's scaled_dot_product_attention; raises UsageError for soft-cap and sink logits."""
+    if not spec.is_plain:
+        raise UsageError(
+            "attention=sdpa cannot apply this model's logit soft-cap or attention sinks; "
+            "use attention=reference"
+        )
+    S, H, Q, D = query.shape
+    K = keys.shape[1]
+    if Q == 1:
+        # The group becomes the query axis, so no key is repeated: 5-20x cheaper than repeat_kv.
+        packed = F.scaled_dot_product_attention(
+            query.view(S, K, H // K, D), keys, values, attn_mask=mask, scale=spec.scaling
+        )
+        return packed.view(S, H, 1, -1)
+    if mask is not None and mask.shape[1] == K and K != H:
+        mask = mask.repeat_interleave(H // K, dim=1)
+    return F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=spec.scaling, enable_gqa=H != K
+    )
+
+
+def attend_flash(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    """flash-attn 2, whose causal mask is aligned to the lower right; CUDA, half precision."""
+    from flash_attn import flash_attn_func  # optional, checked by the engine before it starts
+
+    if spec.sink_logits is not None or spec.sliding_window is not None:
+        raise UsageError(
+            "attention=flash cannot apply this model's attention sinks or sliding window to an "
+            "evicted cache; use attention=sdpa or attention=reference"
+        )
+    output = flash_attn_func(
+        query.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        softmax_scale=spec.scaling,
+        causal=True,
+        softcap=spec.softcap or 0.0,
+    )
+    return output.transpose(1, 2)
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionSpec], Tensor]
+
+KERNELS: dict[str, Kernel] = {
+    "sdpa": attend_sdpa,
+    "flash": attend_flash,
+    "reference": attend_reference,
+}
+
+
+def last_query_weights(
+    query: Tensor, keys: Tensor, mask: Tensor | None, spec: AttentionSpec, num_rows: int
+) -> Tensor:
+    """Softmax weights [S, H, W, T] of the last W = min(num_rows, Q) queries."""
+    rows = min(num_rows, query.shape[2])
+    if mask is not None:
+        mask = mask[:, :, -rows:]
+    return explicit_weights(query[:, :, -rows:], keys, mask, spec).flatten(1, 2)

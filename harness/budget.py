@@ -1,0 +1,57 @@
+"""The budget as users write it, and as tokens: the one place where the one becomes the other."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvarena.harness.errors import UsageError
+
+if TYPE_CHECKING:  # tables and plots read labels without loading torch
+    from kvarena.policies.base import Policy
+
+GRAMMAR = "a number of tokens (512), of 1024 tokens (2k, 8k), a share of the prompt (25%), or full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """At most one of tokens and ratio is set; neither means no bound."""
+
+    label: str
+    tokens: int | None = None
+    ratio: float | None = None
+
+    def for_prompt(self, prompt_tokens: int, policy: Policy) -> int | None:
+        """Tokens per KV head for one prompt; None if unbounded.
+
+        A share is rounded up, and never so small that the policy has nothing to choose.
+        """
+        if self.ratio is None:
+            return self.tokens
+        share = max(1, math.ceil(self.ratio * prompt_tokens))
+        while share <= policy.sinks + policy.num_recent(share):
+            share += 1
+        return share
+
+    @property
+    def sort_key(self) -> tuple[int, float]:
+        """Tokens in ascending order, then shares, then no bound."""
+        if self.tokens is not None:
+            return (0, self.tokens)
+        return (1, self.ratio) if self.ratio is not None else (2, 0)
+
+
+def parse_budget(text: str | int) -> Budget:
+    """Raise UsageError for anything outside the grammar."""
+    label = str(text).strip().lower()
+    if label == "full":
+        return Budget(label=label)
+    match = re.fullmatch(r"([0-9]+)(k?)", label)
+    if match and int(match[1]) > 0:
+        return Budget(label=label, tokens=int(match[1]) * (1024 if match[2] else 1))
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", label)
+    if match and 0 < float(match[1]) <= 100:
+        return Budget(label=label, ratio=float(match[1]) / 100)
+    raise UsageError(f"budget={text!s} is not {GRAMMAR}")

@@ -1,0 +1,165 @@
+"""The bounded KV store of one layer: a fixed number of places per slot and KV head.
+
+A sequence owns a slot. Its live tokens fill places [0, T) of the slot in any order: keys are stored
+post-RoPE with their original position beside them and attention does not care about order, so
+eviction fills holes instead of shifting everything.
+
+Shape letters: S slots of a run (a contiguous range of slots that share T), K KV heads, T live
+tokens, Q tokens of this pass, D head dim, E tokens to evict.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_POSITION_BITS = 32
+
+
+class LayerCache:
+    """Buffers of one layer, allocated at the first append, when shapes and dtype are known.
+
+    keys, values: [num_slots, K, capacity, D]; positions: [num_slots, K, capacity] int32;
+    columns: one float32 [num_slots, K, capacity] per name; sink_keys: [num_slots, K, num_saved, D],
+    the keys of the first tokens as they were written, for policies that re-rotate them.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        capacity_tokens: int,
+        column_names: Sequence[str] = (),
+        num_saved_sinks: int = 0,
+    ) -> None:
+        self.num_slots = num_slots
+        self.capacity_tokens = capacity_tokens
+        self.num_saved_sinks = num_saved_sinks
+        self._column_names = tuple(column_names)
+        self._buffers: dict[str, Tensor] = {}
+
+    @property
+    def keys(self) -> Tensor:
+        return self._buffers["keys"]
+
+    @property
+    def values(self) -> Tensor:
+        return self._buffers["values"]
+
+    @property
+    def positions(self) -> Tensor:
+        return self._buffers["positions"]
+
+    @property
+    def sink_keys(self) -> Tensor:
+        return self._buffers["sink_keys"]
+
+    def columns(self, slots: slice, num_tokens: int) -> dict[str, Tensor]:
+        """Writable views [S, K, T] of the per-token columns."""
+        return {
+            name: self._buffers["column:" + name][slots, :, :num_tokens]
+            for name in self._column_names
+        }
+
+    def append(
+        self, slots: slice, start: int, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> None:
+        """Write Q new tokens per slot at places [start, start + Q).
+
+        keys, values: [S, K, Q, D]; positions: [S, Q] in the original text.
+        """
+        end = start + keys.shape[2]
+        assert end <= self.capacity_tokens, f"{end} tokens in {self.capacity_tokens} places"
+        if not self._buffers:
+            self._allocate(keys, values)
+        self.keys[slots, :, start:end] = keys
+        self.values[slots, :, start:end] = values
+        self.positions[slots, :, start:end] = positions[:, None]
+        for column in self.columns(slots, end).values():
+            column[:, :, start:] = 0
+        if start < self.num_saved_sinks:
+            saved_end = min(end, self.num_saved_sinks)
+            self.sink_keys[slots, :, start:saved_end] = keys[:, :, : saved_end - start]
+
+    def evict(self, slots: slice, scores: Tensor, num_kept: int) -> None:
+        """Keep the ``num_kept`` best of T tokens per head, in places [0, num_kept).
+
+        scores: [S, K, T] float. Equal scores: the newer token stays. Survivors among the last E
+        places move into the places of evicted tokens; all others stay where they are.
+        """
+        num_tokens = scores.shape[-1]
+        num_evicted = num_tokens - num_kept
+        ranking = _total_order(scores, self.positions[slots, :, :num_tokens])
+        if num_evicted == 1:
+            dropped = ranking.argmin(dim=-1, keepdim=True)
+        else:
+            dropped = ranking.topk(num_evicted, largest=False, sorted=False).indices
+            dropped = dropped.sort(dim=-1).values  # [S, K, E], holes before num_kept come first
+        source = self._survivors(dropped, num_kept, num_evicted)
+        for buffer in self._token_buffers():
+            _move(buffer[slots], source, dropped)
+
+    @staticmethod
+    def _survivors(dropped: Tensor, num_kept: int, num_evicted: int) -> Tensor:
+        """[S, K, E]: for each dropped place, the place whose token moves there (itself: none)."""
+        if num_evicted == 1:
+            return torch.full_like(dropped, num_kept)
+        num_tokens = num_kept + num_evicted
+        is_dropped = torch.zeros(
+            (*dropped.shape[:2], num_tokens), dtype=torch.int8, device=dropped.device
+        ).scatter_(-1, dropped, 1)
+        survivors_first = is_dropped[..., num_kept:].argsort(dim=-1, stable=True) + num_kept
+        # A head has as many holes before num_kept as survivors behind it, and both lists start with
+        # them; what remains are dropped places behind num_kept, which nothing has to fill.
+        return torch.where(dropped < num_kept, survivors_first, dropped)
+
+    def _token_buffers(self) -> list[Tensor]:
+        """All buffers with one entry per place."""
+        return [buffer for name, buffer in self._buffers.items() if name != "sink_keys"]
+
+    def _allocate(self, keys: Tensor, values: Tensor) -> None:
+        heads = (self.num_slots, keys.shape[1])
+        places = (*heads, self.capacity_tokens)
+        self._buffers["keys"] = keys.new_empty(*places, keys.shape[-1])
+        self._buffers["values"] = values.new_empty(*places, values.shape[-1])
+        self._buffers["positions"] = torch.empty(places, dtype=torch.int32, device=keys.device)
+        for name in self._column_names:
+            self._buffers["column:" + name] = torch.empty(
+                places, dtype=torch.float32, device=keys.device
+            )
+        if self.num_saved_sinks:
+            self._buffers["sink_keys"] = keys.new_empty(
+                *heads, self.num_saved_sinks, keys.shape[-1]
+            )
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all buffers of this layer, all slots."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def held_bytes(self, num_tokens: int) -> int:
+        """Bytes that ``num_tokens`` live tokens of one slot occupy, side state included."""
+        per_place = sum(
+            buffer.nbytes // (self.num_slots * self.capacity_tokens)
+            for buffer in self._token_buffers()
+        )
+        saved = self.sink_keys.nbytes // self.num_slots if self.num_saved_sinks else 0
+        return num_tokens * per_place + saved
+
+
+def _total_order(scores: Tensor, positions: Tensor) -> Tensor:
+    """[S, K, T] int64 that sorts by score, then by position, with no two equal in a head.
+
+    A float's bits sort like the float once the lower bits of negative ones are flipped, so the
+    score fits above the position in one integer, and ties are settled the same on any device.
+    """
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    sortable = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (sortable.long() << _POSITION_BITS) | positions.long()
+
+
+def _move(buffer: Tensor, source: Tensor, target: Tensor) -> None:
+    """In each slot and head, copy places ``source`` to places ``target`` ([S, K, E] each)."""
+    if buffer.dim() == 4:
+        shape = (*source.shape, buffer.shape[-1])
+        source, target = source[..., None].expand(shape), target[..., None].expand(shape)
+    buffer.scatter_(2, target, buffer.gather(2, source))

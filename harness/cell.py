@@ -1,0 +1,166 @@
+"""One cell: generate and score the missing answers of one (task, model, policy, budget, seed)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvarena.harness import models
+from kvarena.harness.budget import Budget, parse_budget
+from kvarena.harness.engine import Engine
+from kvarena.harness.errors import UsageError
+from kvarena.harness.models import ModelSpec
+from kvarena.harness.progress import TokenProgress
+from kvarena.harness.registry import build
+from kvarena.harness.requests import check_budget, check_context
+from kvarena.harness.results import CellFolder
+from kvarena.harness.sampling import Sampling
+from kvarena.harness.sequence import Generation
+from kvarena.policies.base import Policy
+from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
+
+
+@dataclass(kw_only=True)
+class Cell:
+    """Settings of one cell, checked for what can be checked before a model is loaded.
+
+    policy_label names the policy and the options that differ from its yaml; config is the resolved
+    configuration, kept for the record. Raises UsageError.
+    """
+
+    task_settings: Mapping[str, Any]
+    policy_settings: Mapping[str, Any]
+    policy_label: str
+    model: ModelSpec
+    budget: str | int
+    sampling: Sampling
+    seed: int
+    limit: int | None
+    slots: int
+    chunk_tokens: int
+    attention: str
+    device: str
+    dtype: str
+    config: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "chunk_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name.removesuffix('_tokens')} must be >= 1, got {value}")
+        self.task: Task = build(self.task_settings)
+        self.policy: Policy = build(self.policy_settings)
+        budget = parse_budget(self.budget)
+        self.bound: Budget = budget if self.policy.evicts else parse_budget("full")
+        check_budget(self.policy, self.bound.tokens)
+        models.check_device(self.device)
+        self.torch_dtype = models.resolve_dtype(self.dtype, self.device)
+        models.check_attention(self.attention, self.device, self.torch_dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what the rows say; slots and limit do not."""
+        return {
+            "task": {"name": self.task.name, "version": self.task.version, **self.task_settings},
+            "policy": {"name": self.policy_label, **self.policy_settings},
+            "model": {"name": self.model.name, **vars(self.model)},
+            "budget": {"name": self.bound.label},
+            "sampling": vars(self.sampling),
+            "seed": self.seed,
+            "chunk": self.chunk_tokens,
+            "attention": self.attention,
+            "device": torch.device(self.device).type,
+            "dtype": str(self.torch_dtype).removeprefix("torch."),
+        }
+
+
+def run_cell(cell: Cell, results_dir: Path) -> Path:
+    """Bring the cell's rows up to date and return its folder. The model loads only if needed."""
+    folder = CellFolder(results_dir, cell.identity())
+    tokenizer = models.load_tokenizer(cell.model)
+    samples = _samples(cell, tokenizer)
+    done = {row["sample_id"] for row in folder.rows()}
+    missing = [sample for sample in samples if sample.id not in done]
+    label = f"{cell.task.name} {cell.policy_label} {cell.bound.label}"
+    if not missing:
+        print(f"{label}: all {len(samples)} samples are there already")
+        return folder.path
+    folder.open(cell.config)
+    model = _load_once(cell.model, cell.device, cell.dtype)
+    engine = Engine(
+        model,
+        cell.policy,
+        chunk_tokens=cell.chunk_tokens,
+        slots=cell.slots,
+        attention=cell.attention,
+    )
+    total_tokens = sum(len(s.prompt_token_ids) + s.max_new_tokens for s in missing)
+    with TokenProgress(label, total_tokens) as progress:
+        for generation in engine.generate(
+            [sample.prompt_token_ids for sample in missing],
+            max_new_tokens=[sample.max_new_tokens for sample in missing],
+            budgets=[_budget_tokens(cell, sample) for sample in missing],
+            sampling=cell.sampling,
+            seeds=[int(content_id(cell.seed, sample.id), 16) >> 1 for sample in missing],
+            as_completed=True,
+            on_pass=progress.advance,
+        ):
+            sample = missing[generation.index]
+            folder.append(_row(cell, sample, generation, tokenizer))
+    return folder.path
+
+
+def _samples(cell: Cell, tokenizer: Tokenizer) -> Sequence[Sample]:
+    """The first ``limit`` samples, each checked against the model's context."""
+    try:
+        samples = cell.task.samples(tokenizer, cell.seed)[: cell.limit]
+    except ValueError as error:
+        raise UsageError(f"{cell.task.name}: {error}") from error
+    limit_tokens = models.context_tokens(models.load_config(cell.model))
+    for sample in samples:
+        check_context(
+            f"sample {sample.id}", len(sample.prompt_token_ids), sample.max_new_tokens, limit_tokens
+        )
+    return samples
+
+
+def _budget_tokens(cell: Cell, sample: Sample) -> int | None:
+    return cell.bound.for_prompt(len(sample.prompt_token_ids), cell.policy)
+
+
+@lru_cache(maxsize=1)
+def _load_once(spec: ModelSpec, device: str, dtype: str) -> PreTrainedModel:
+    """Sweeps in one process load a model once; the engine does not change it."""
+    return models.load_weights(spec, device=device, dtype=dtype)
+
+
+def _row(
+    cell: Cell, sample: Sample, generation: Generation, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """One tidy row; results/README.md is the dictionary of its columns."""
+    prediction = tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+    return {
+        "task": cell.task.name,
+        "model": cell.model.name,
+        "policy": cell.policy_label,
+        "budget": cell.bound.label,
+        "sample_id": sample.id,
+        "status": "ok",
+        **cell.task.score(sample, prediction),
+        "prediction": prediction,
+        "reference": " | ".join(sample.references),
+        "prompt_tokens": generation.prompt_tokens,
+        "generated_tokens": len(generation.token_ids),
+        "finish_reason": generation.finish_reason,
+        "budget_tokens": generation.budget_tokens,
+        "kv_bytes_kept": generation.kv_bytes_kept,
+        "kv_bytes_peak": generation.kv_bytes_peak,
+        "ttft_sec": generation.ttft_sec,
+        "decode_tokens_per_sec": generation.decode_tokens_per_sec,
+        "slots": cell.slots,
+        "seed": cell.seed,
+        **{f"meta_{name}": value for name, value in sample.meta.items()},
+    }

@@ -1,0 +1,36 @@
+"""What the harness owns of the configuration; tasks, policies and models bring their own yaml."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class SamplingConfig:
+    """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass
+class RunConfig:
+    """Types are checked by Hydra; ranges by the classes that use the values.
+
+    Any: what a task, policy or model holds is defined by its yaml and checked by its class.
+    """
+
+    task: Any = None
+    policy: Any = None
+    model: Any = None
+    budget: Any = 512  # 512 | 2k | 25% | full
+    limit: int | None = None  # first so many samples
+    seed: int = 0
+    slots: int = 8  # sequences side by side
+    chunk: int = 128  # prompt tokens per pass and sequence
+    attention: str = "sdpa"  # sdpa | flash | reference
+    device: str = "cpu"
+    dtype: str = "auto"  # float32 | bfloat16 | float16 | auto (float32 on cpu, else bfloat16)
+    results_dir: str = "results"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)

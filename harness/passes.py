@@ -1,0 +1,265 @@
+"""One packed forward pass: what happens to keys and values inside each layer's attention.
+
+The tokens of all working slots stand in one row [1, total] without padding. Neighbouring slots that
+hold equally many tokens and bring equally many new ones form a run and are handled as one batch.
+In every layer: append the run's new tokens, attend, let the policy score, evict down to the budget.
+
+Shape letters: S sequences of a run, H query heads, K KV heads, Q new tokens per sequence, T = kept
+and new tokens, D head dim.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from kvarena.harness import attention
+from kvarena.harness.attention import AttentionSpec, Kernel
+from kvarena.harness.cache import LayerCache
+from kvarena.harness.rotary import KeyRotator
+from kvarena.harness.sequence import Sequence
+from kvarena.policies.base import LayerView, Policy
+
+ARENA = "kvarena"
+
+# Keyword arguments of transformers' attention call that change nothing here. Any other one raises:
+# a silently ignored argument once made a model wrong by 0.4 in its logits.
+_HARMLESS = {"position_ids", "use_cache", "output_router_logits", "is_causal"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Contiguous slots that do the same amount of work in this pass.
+
+    row: their tokens in the packed row, slot after slot; num_live: tokens per head before the pass;
+    num_kept: after it; budget_tokens: None if nothing is ever evicted; positions: [S, Q] of the new
+    tokens in the original text.
+    """
+
+    slots: slice
+    row: slice
+    num_live: int
+    num_new: int
+    num_kept: int
+    budget_tokens: int | None
+    positions: Tensor
+
+    @property
+    def num_sequences(self) -> int:
+        return self.slots.stop - self.slots.start
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_live + self.num_new
+
+    @property
+    def num_evicted_before(self) -> Tensor:
+        """[S]: how far the original positions run ahead of the ranks inside the cache."""
+        return self.positions[:, 0] - self.num_live
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[S, heads, Q, D] of this run from a packed [1, heads, total, D]."""
+        rows = packed[0, :, self.row]
+        shape = (rows.shape[0], self.num_sequences, self.num_new, rows.shape[-1])
+        return rows.reshape(shape).transpose(0, 1)
+
+
+def pack_runs(work: Seq[tuple[int, Sequence, list[int]]], positions: Tensor) -> list[Run]:
+    """Group (slot, sequence, its tokens) of neighbouring slots that do the same work.
+
+    positions: [total] of the packed row, in the order of ``work``.
+    """
+    groups: list[list[tuple[int, Sequence, int]]] = []
+    for slot, sequence, tokens in work:
+        item = (slot, sequence, len(tokens))
+        if groups and _same_work(groups[-1][-1], item):
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    runs, start = [], 0
+    for group in groups:
+        (first_slot, first, num_new), num = group[0], len(group)
+        row = slice(start, start + num * num_new)
+        runs.append(
+            Run(
+                slots=slice(first_slot, first_slot + num),
+                row=row,
+                num_live=first.num_live,
+                num_new=num_new,
+                num_kept=first.kept_after(num_new),
+                budget_tokens=first.budget_tokens,
+                positions=positions[row].view(num, num_new),
+            )
+        )
+        start = row.stop
+    return runs
+
+
+def _same_work(left: tuple[int, Sequence, int], right: tuple[int, Sequence, int]) -> bool:
+    """Whether the right slot can join the left one's run."""
+    return (
+        right[0] == left[0] + 1
+        and right[2] == left[2]
+        and right[1].num_live == left[1].num_live
+        and right[1].budget_tokens == left[1].budget_tokens
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardPass:
+    """Everything the attention function needs; travels to it as a keyword argument of the model."""
+
+    runs: Seq[Run]
+    layers: Seq[LayerCache]
+    policy: Policy
+    kernel: Kernel
+    rotator: KeyRotator | None = None
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """Attention output [1, total, H, D] of one layer; its cache is updated and evicted."""
+        outputs = []
+        for run in self.runs:
+            output = self._attend_run(
+                run, module, run.unpack(query), run.unpack(key), run.unpack(value), spec
+            )
+            outputs.append(output.transpose(1, 2).flatten(0, 1))  # [S * Q, H, D]
+        return torch.cat(outputs)[None]
+
+    def _attend_run(
+        self,
+        run: Run,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        """[S, H, Q, D]; query [S, H, Q, D], key and value [S, K, Q, D]."""
+        index = module.layer_idx
+        assert isinstance(index, int)
+        cache = self.layers[index]
+        cache.append(run.slots, run.num_live, key, value, run.positions)
+        if self.rotator is not None:
+            self._move_sinks(run, cache, module)
+        keys = cache.keys[run.slots, :, : run.num_tokens]
+        values = cache.values[run.slots, :, : run.num_tokens]
+        positions = cache.positions[run.slots, :, : run.num_tokens].long()
+        mask = attention.visible_tokens(
+            run.positions,
+            self._attended_positions(run, positions),
+            run.num_new,
+            spec.sliding_window,
+        )
+
+        needs = self.policy.needs
+        mass = rows = None
+        if needs.attention_mass:
+            output, mass = attention.attend_with_mass(query, keys, values, mask, spec)
+        else:
+            output = self.kernel(query, keys, values, mask, spec)
+
+        evicts = run.num_kept < run.num_tokens
+        if evicts or self.policy.columns:
+            if needs.attention_rows:
+                rows = attention.last_query_weights(query, keys, mask, spec, needs.attention_rows)
+            view = LayerView(
+                layer=index,
+                stored_keys=keys,
+                stored_values=values,
+                positions=positions,
+                attention=rows,
+                attention_mass=mass,
+                columns=cache.columns(run.slots, run.num_tokens),
+            )
+            scores = self.policy.score(view)
+            if evicts:
+                cache.evict(run.slots, self._protect(run, view, scores, spec), run.num_kept)
+        return output
+
+    def _protect(self, run: Run, view: LayerView, scores: Tensor, spec: AttentionSpec) -> Tensor:
+        """Scores [S, K, T] with the policy's protected tokens at +inf.
+
+        Tokens that the layer's own sliding window hides from every later query go first.
+        """
+        positions = view.positions
+        assert scores.shape == positions.shape, (
+            f"{type(self.policy).__name__}.score returned {tuple(scores.shape)}, "
+            f"expected [S, K, T] = {tuple(positions.shape)}"
+        )
+        next_position = run.positions[:, -1:, None] + 1  # [S, 1, 1]
+        assert run.budget_tokens is not None
+        num_recent = self.policy.num_recent(run.budget_tokens)
+        if self.policy.sinks:
+            scores = scores.masked_fill(positions < self.policy.sinks, float("inf"))
+        if num_recent:
+            scores = scores.masked_fill(positions >= next_position - num_recent, float("inf"))
+        if spec.sliding_window is not None and self.rotator is None:
+            hidden = positions <= next_position - spec.sliding_window
+            scores = scores.masked_fill(hidden, float("-inf"))
+        return scores
+
+    def _move_sinks(self, run: Run, cache: LayerCache, module: nn.Module) -> None:
+        """Rotate the sink keys to sit right before the other kept tokens.
+
+        With ranks as positions all distances between kept tokens are those of their ranks. The
+        newest tokens are an unbroken run, so their distances are right as they are; only the sinks
+        are nearer than in the text, by the number of tokens evicted between. They are always
+        rotated from the keys as first written, so no rounding builds up.
+        """
+        num_sinks = min(cache.num_saved_sinks, run.num_tokens)
+        if num_sinks:
+            saved = cache.sink_keys[run.slots, :, :num_sinks]
+            assert self.rotator is not None
+            cache.keys[run.slots, :, :num_sinks] = self.rotator.rotate(
+                module, saved, run.num_evicted_before
+            )
+
+    def _attended_positions(self, run: Run, positions: Tensor) -> Tensor:
+        """Positions [S, K, T] as attention sees them: sinks are moved when positions are ranks."""
+        if self.rotator is None:
+            return positions
+        moved = positions + run.num_evicted_before[:, None, None]
+        return torch.where(positions < self.policy.sinks, moved, positions)
+
+
+def arena_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    arena: ForwardPass,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,  # Any: whatever a model of a later release may pass
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in every layer.
+
+    query: [1, H, total, D]; key, value: [1, K, total, D]. Returns [1, total, H, D].
+    """
+    assert attention_mask is None, "no mask function is registered, so none can have been built"
+    unknown = {name for name, value in others.items() if value is not None} - _HARMLESS
+    if unknown or dropout:
+        raise NotImplementedError(
+            f"{type(module).__name__} passes {sorted(unknown) or 'dropout'} to its attention, "
+            "which the engine does not know; running on would give wrong results"
+        )
+    spec = AttentionSpec(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sink_logits=s_aux,
+        sliding_window=sliding_window,
+    )
+    return arena.attend(module, query, key, value, spec), None
+
+
+AttentionInterface.register(ARENA, arena_attention)

@@ -1,0 +1,36 @@
+"""What a command shows when its cells are done: a table, tidy CSV files and pictures."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from kvarena.harness import plots, tables
+from kvarena.harness.results import read_rows
+
+
+def report(cell_paths: Sequence[Path], results_dir: Path) -> list[Path]:
+    """Print one table per task; write its rows, its summary and its pictures. Returns the files."""
+    rows = read_rows(cell_paths)
+    if rows.empty:
+        return []
+    written: list[Path] = []
+    for task, task_rows in rows.groupby("task"):
+        summary = tables.summarise(task_rows)
+        tables.print_summary(summary)
+        written.append(tables.write_csv(task_rows, results_dir / "tables" / f"{task}.csv"))
+        written.append(tables.write_csv(summary, results_dir / "tables" / f"{task}-summary.csv"))
+        for model, model_rows in task_rows.groupby("model"):
+            written += _pictures(model_rows, results_dir / "plots" / str(task) / str(model))
+    return written
+
+
+def _pictures(rows: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Grids for rows that carry a depth and a length; rows are of one task and model."""
+    if not {plots.LENGTH, plots.DEPTH} <= set(rows.columns):
+        return
+    yield plots.needle_overview(rows, folder / "overview.png")
+    for (policy, budget), cell_rows in rows.groupby(["policy", "budget"]):
+        name = re.sub(r"[^A-Za-z0-9.=%-]+", "_", f"{policy}-{budget}")
+        yield plots.needle_heatmap(cell_rows, folder / f"{name}.png")

@@ -1,0 +1,199 @@
+"""The command ``kvarena``: the only file that knows Hydra.
+
+Bad input is reported in one line with exit code 2, before any model is loaded; other errors end
+with exit code 1.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kvarena.harness.budget import parse_budget
+from kvarena.harness.config import RunConfig
+from kvarena.harness.errors import UsageError
+from kvarena.harness.registry import choices, one_of
+
+GROUPS = ("task", "policy", "model", "experiment")
+
+
+def main() -> None:
+    """Console entry point; exits with 0, 1 (a failure) or 2 (bad input)."""
+    # Hydra's own reports span many lines and all exit with 1; with this it hands errors on.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    finished: list[Path] = []
+    failures: list[Exception] = []
+    try:
+        sys.argv[1:] = prepare_arguments(sys.argv[1:])
+        _hydra_main(finished, failures)
+    except Exception as error:
+        if error not in failures:
+            _report(error)
+            failures.append(error)
+    if finished:
+        _show(list(dict.fromkeys(finished)))
+    if failures:
+        sys.exit(2 if all(_is_usage_error(error) for error in failures) else 1)
+
+
+def _hydra_main(finished: list[Path], failures: list[Exception]) -> None:
+    """Run one cell, or a sweep of them, noting folders and failures as they come."""
+
+    def job(settings: DictConfig) -> str:
+        try:
+            path = _run(settings)
+        except Exception as error:
+            _report(error)  # at once: a sweep goes on and would only tell at its end
+            failures.append(error)
+            raise
+        finished.append(path)
+        return str(path)
+
+    hydra.main(version_base="1.3", config_path="pkg://kvarena.conf", config_name="config")(job)()
+
+
+def _run(settings: DictConfig) -> Path:
+    # Imported here: torch takes seconds, and --help or a typo should not wait for it.
+    from kvarena.harness.cell import Cell, run_cell
+    from kvarena.harness.models import ModelSpec
+    from kvarena.harness.sampling import Sampling
+
+    config: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
+    for group in ("task", "policy"):
+        if not isinstance(config[group], dict):
+            raise UsageError(f"{group} must name a choice: {', '.join(choices(group))}")
+    try:
+        sampling = Sampling(**config["sampling"])
+    except ValueError as error:
+        raise UsageError(f"sampling: {error}") from error
+    cell = Cell(
+        task_settings=config["task"],
+        policy_settings=config["policy"],
+        policy_label=_policy_label(config["policy"]),
+        model=ModelSpec(**config["model"]),
+        budget=config["budget"],
+        sampling=sampling,
+        seed=config["seed"],
+        limit=config["limit"],
+        slots=config["slots"],
+        chunk_tokens=config["chunk"],
+        attention=config["attention"],
+        device=config["device"],
+        dtype=config["dtype"],
+        config=config,
+    )
+    return run_cell(cell, Path(config["results_dir"]))
+
+
+def _policy_label(settings: dict[str, Any]) -> str:
+    """The choice's name, and the options that differ from its yaml: keydiff(anchor=median)."""
+    from kvarena.harness.registry import load_choice
+
+    name = settings["_target_"].split(".")[-2]
+    defaults = load_choice("policy", name)
+    changed = [f"{key}={value}" for key, value in settings.items() if value != defaults.get(key)]
+    return f"{name}({','.join(changed)})" if changed else name
+
+
+def _show(paths: Sequence[Path]) -> None:
+    """Tables and pictures of the cells of this command."""
+    from kvarena.harness.report import report
+
+    written = report(paths, results_dir=paths[0].parents[3])
+    print("\nWritten:")
+    for path in written:
+        print(f"  {path}")
+
+
+def prepare_arguments(arguments: Sequence[str]) -> list[str]:
+    """Check names and budgets of all overrides, so that a sweep fails before its first cell.
+
+    ``model=<hub id or folder>`` becomes the overrides that say so. Raises UsageError.
+    """
+    prepared = []
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            prepared.append(argument)
+            continue
+        override = OverridesParser.create().parse_overrides([argument])[0]
+        key = override.key_or_group
+        _check_key(override)
+        if key == "model" and _is_location(override.value()):
+            location = str(override.value())
+            name = Path(location).name
+            prepared += ["model=custom", f"model.name='{name}'", f"model.source='{location}'"]
+            continue
+        if key in GROUPS:
+            _check_choices(override)
+        elif key == "budget":
+            for value in _values(override):
+                parse_budget(value)
+        prepared.append(argument)
+    return prepared
+
+
+def _check_key(override: Override) -> None:
+    key = override.key_or_group
+    known = [setting.name for setting in fields(RunConfig)] + ["experiment", "hydra"]
+    first = key.split("/")[0].split(".")[0]
+    if first not in known and not override.is_add():
+        one_of("setting", first, known)
+
+
+def _check_choices(override: Override) -> None:
+    group = override.key_or_group
+    known = choices(group)
+    value = override.value()
+    if isinstance(value, Glob):
+        if not any(fnmatch(name, pattern) for name in known for pattern in value.include):
+            raise UsageError(
+                f"{group}: no match for {value.include}. Available: {', '.join(known)}"
+            )
+        return
+    for name in _values(override):
+        if name not in (None, "null", ""):
+            one_of(group, name, known)
+
+
+def _values(override: Override) -> list[str]:
+    """The value, or the values of a sweep, as text."""
+    if override.is_sweep_override():
+        return [str(value).strip("'\"") for value in override.sweep_string_iterator()]
+    return [str(override.value())]
+
+
+def _is_location(value: Any) -> bool:  # Any: whatever Hydra's parser read
+    return isinstance(value, str) and ("/" in value or Path(value).is_dir())
+
+
+def _is_usage_error(error: Exception) -> bool:
+    return isinstance(error, UsageError | HydraException | OmegaConfBaseException)
+
+
+def _report(error: Exception) -> None:
+    """One line for bad input, a traceback for anything else."""
+    if not _is_usage_error(error):
+        traceback.print_exception(error)
+        return
+    messages = [str(error)]
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        messages.append(str(error.__cause__))
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    print(f"error: {' '.join(dict.fromkeys(lines))}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What goes through a slot of the engine and what comes out of it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptTokens:
+    """What one sequence held after a pass, ``seen_tokens`` being prompt and answer tokens so far.
+
+    positions: per layer [K, T] int64 original positions, ascending in each head.
+    """
+
+    seen_tokens: int
+    positions: list[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One finished sequence. Times are wall seconds as it saw them, with others beside it.
+
+    token_ids: new tokens, the stop token included; finish_reason: stop | length.
+    budget_tokens: None without a bound, which is always so for a policy that keeps everything.
+    kv_bytes_kept: most bytes held between passes; kv_bytes_peak: most bytes at any moment, the
+    chunk in work included; both count keys, values and all side state of all layers.
+    ttft_sec: from getting a slot to the first token; decode_tokens_per_sec: tokens after the first
+    over the time they took (None for a single token).
+    kept_positions: at the end, per layer [K, T]; kept_history: after every pass;
+    logits: [prompt and fed answer tokens, V]. None unless asked for.
+    """
+
+    index: int
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    budget_tokens: int | None
+    kv_bytes_kept: int
+    kv_bytes_peak: int
+    ttft_sec: float
+    decode_tokens_per_sec: float | None
+    kept_positions: list[Tensor] | None = None
+    kept_history: list[KeptTokens] | None = None
+    logits: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class Sequence:
+    """A sequence on its way through a slot.
+
+    num_seen: tokens fed to the model so far; num_live: tokens held now, per layer and head;
+    most_live, most_kept: the most of them during and between passes.
+    """
+
+    index: int
+    prompt: list[int]
+    max_new_tokens: int
+    budget_tokens: int | None
+    stop_token_ids: frozenset[int]
+    generator: torch.Generator
+    num_seen: int = 0
+    num_live: int = 0
+    most_live: int = 0
+    most_kept: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    history: list[KeptTokens] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    admitted_at: float = 0.0
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+
+    def places(self, chunk_tokens: int) -> int:
+        """Places it can ever fill: its budget and a chunk, or all its tokens if they are fewer."""
+        total = len(self.prompt) + self.max_new_tokens - 1  # the last new token is never fed
+        if self.budget_tokens is None:
+            return total
+        return min(total, self.budget_tokens + chunk_tokens)
+
+    def next_tokens(self, chunk_tokens: int) -> list[int]:
+        """What goes into the next pass: a chunk of the prompt, or the newest token."""
+        if self.num_seen < len(self.prompt):
+            return self.prompt[self.num_seen : self.num_seen + chunk_tokens]
+        return self.token_ids[-1:]
+
+    def kept_after(self, num_new: int) -> int:
+        """Tokens held per head once a pass with ``num_new`` tokens has evicted."""
+        touched = self.num_live + num_new
+        return touched if self.budget_tokens is None else min(touched, self.budget_tokens)
+
+    def advance(self, num_new: int) -> None:
+        """Account for a pass with ``num_new`` tokens."""
+        self.most_live = max(self.most_live, self.num_live + num_new)
+        self.num_live = self.kept_after(num_new)
+        self.most_kept = max(self.most_kept, self.num_live)
+        self.num_seen += num_new
+
+    def add_token(self, token_id: int, now_sec: float) -> None:
+        """Take a newly chosen token."""
+        if not self.token_ids:
+            self.first_token_at = now_sec
+        self.last_token_at = now_sec
+        self.token_ids.append(token_id)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """stop | length, or None while it runs."""
+        if self.token_ids and self.token_ids[-1] in self.stop_token_ids:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_new_tokens else None
+
+    @property
+    def decode_tokens_per_sec(self) -> float | None:
+        if len(self.token_ids) < 2:
+            return None
+        return (len(self.token_ids) - 1) / (self.last_token_at - self.first_token_at)

@@ -1,0 +1,125 @@
+"""What a policy is: a rule that says which cached tokens matter.
+
+A policy only scores. The engine protects, ranks, evicts, moves and counts, the same way for all.
+To add one: a file here with a ``Policy`` subclass, and ``conf/policy/<file name>.yaml``.
+
+Shape letters: S sequences side by side, H query heads, K KV heads, T cached tokens, D head dim,
+W query tokens whose attention was asked for.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Scores of half-precision keys are computed in float32; float64 stays float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What the engine must hand over; what is not asked for is not computed.
+
+    attention_rows: attention of the last so many queries of this pass (fewer in a short pass).
+    attention_mass: per key, the attention it received from all queries of this pass.
+    rank_positions: attend with ranks inside the cache as positions instead of original positions.
+        Only for rules that keep ``sinks`` first tokens and an unbroken run of newest ones.
+    """
+
+    attention_rows: int = 0
+    attention_mass: bool = False
+    rank_positions: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerView:
+    """One layer of S sequences after a pass, kept tokens and new ones together.
+
+    Tokens are in storage order, which is NOT the order of the text: a rule that needs neighbours
+    sorts by ``positions``. Every sequence must be scored as if it were alone.
+    """
+
+    layer: int
+    stored_keys: Tensor  # [S, K, T, D] post-RoPE, in the model's dtype
+    stored_values: Tensor  # [S, K, T, D]
+    positions: Tensor  # [S, K, T] int64, place in the original text
+    attention: Tensor | None = None  # [S, H, W, T] softmax rows of the last W queries, oldest first
+    attention_mass: Tensor | None = None  # [S, K, T] summed over this pass's queries and the group
+    columns: Mapping[str, Tensor] = field(default_factory=dict)  # [S, K, T] float32, writable
+
+    @property
+    def keys(self) -> Tensor:
+        """Post-RoPE keys [S, K, T, D] in float32 (float64 for a float64 model)."""
+        return at_least_float32(self.stored_keys)
+
+    @property
+    def values(self) -> Tensor:
+        """Values [S, K, T, D] in float32 (float64 for a float64 model)."""
+        return at_least_float32(self.stored_values)
+
+
+@dataclass(kw_only=True)
+class Policy(ABC):
+    """Base of all policies; options are dataclass fields and are checked for type and range.
+
+    sinks: the first so many tokens of the text are never evicted.
+    recent: the newest so many tokens are never evicted.
+    """
+
+    # Per-token float32 columns that travel with the tokens; they start at 0 for a new token.
+    columns: ClassVar[tuple[str, ...]] = ()
+    # False only for a policy that keeps everything, whatever the budget says.
+    evicts: ClassVar[bool] = True
+
+    sinks: int = 0
+    recent: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("sinks", "recent"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0 tokens, got {getattr(self, name)}")
+
+    @property
+    def needs(self) -> Needs:
+        """What ``score`` wants to see besides keys, values and positions."""
+        return Needs()
+
+    def num_recent(self, budget_tokens: int) -> int:
+        """How many of the newest tokens the engine protects under this budget."""
+        return self.recent
+
+    @abstractmethod
+    def score(self, view: LayerView) -> Tensor:
+        """Importance of each token, [S, K, T] float; the lowest go, ties go to the newer token.
+
+        Called once per layer after each chunk or decoded token, when there is something to evict or
+        the policy has ``columns`` (then it may update ``view.columns`` in place).
+        """
+
+
+def _check_types(policy: Policy) -> None:
+    """Compare option values with their annotations, since yaml values arrive unchecked."""
+    hints = get_type_hints(type(policy))
+    for option in fields(policy):
+        value, hint = getattr(policy, option.name), hints[option.name]
+        if not _matches(value, hint):
+            expected = getattr(hint, "__name__", str(hint))
+            raise ValueError(f"{option.name} must be {expected}, got {value!r}")
+
+
+def _matches(value: Any, hint: Any) -> bool:  # Any: annotations are arbitrary objects
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_matches(value, part) for part in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)

@@ -1,0 +1,49 @@
+"""KeyDiff: keep the keys that differ most from the average key.
+
+A key's score is minus its cosine similarity to an anchor that stands for all keys of the head. No
+attention score is needed, so any attention kernel can be used.
+Paper: "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
+Resource-Constrained Environments", https://arxiv.org/abs/2504.15364.
+
+Differs from the paper: nothing. Its Eq. (8) averages L2-normalised keys, its experiments (section
+3.2) average raw keys: ``anchor`` offers both, and the median and pairwise variants of its Table 15.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvarena.policies.base import LayerView, Policy
+
+
+@dataclass(kw_only=True)
+class KeyDiff(Policy):
+    """anchor: raw | normalised | median | pairwise (the last is quadratic in the cached tokens)."""
+
+    ANCHORS: ClassVar[tuple[str, ...]] = ("raw", "normalised", "median", "pairwise")
+
+    anchor: str = "raw"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.anchor not in self.ANCHORS:
+            raise ValueError(
+                f"anchor must be one of {', '.join(self.ANCHORS)}, got {self.anchor!r}"
+            )
+
+    def score(self, view: LayerView) -> Tensor:
+        keys = view.keys  # [S, K, T, D]
+        if self.anchor == "pairwise":
+            directions = F.normalize(keys, dim=-1)
+            return -(directions @ directions.transpose(-1, -2)).mean(dim=-1)
+        return -F.cosine_similarity(keys, self._anchor(keys), dim=-1)
+
+    def _anchor(self, keys: Tensor) -> Tensor:
+        """[S, K, 1, D]: the key that the others are compared with."""
+        if self.anchor == "median":
+            return keys.median(dim=-2, keepdim=True).values
+        if self.anchor == "normalised":
+            keys = F.normalize(keys, dim=-1)
+        return keys.mean(dim=-2, keepdim=True)

@@ -1,0 +1,97 @@
+"""What a task is: samples to answer and a score for each answer.
+
+To add one: a file here with a ``Task`` subclass, and ``conf/task/<file name>.yaml``.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that tasks and the harness use."""
+
+    chat_template: str | None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
+    # Any: the real signature has many options that differ between releases.
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One question. ``id`` comes from content, so order and limits never change it."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    references: tuple[str, ...]
+    max_new_tokens: int
+    # Last tokens of the prompt, from the end of the context on; 0: the two cannot be told apart.
+    question_tokens: int = 0
+    meta: Mapping[str, Any] = field(default_factory=dict)  # JSON values, written to the row
+
+
+class Task(ABC):
+    """Base of all tasks. ``version`` changes whenever a score could."""
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+
+    @abstractmethod
+    def samples(self, tokenizer: Tokenizer, seed: int) -> list[Sample]:
+        """All samples, in a fixed order; the same arguments give the same samples."""
+
+    @abstractmethod
+    def score(self, sample: Sample, text: str) -> dict[str, float]:
+        """Metrics of one answer, each 0 to 1. ``score`` is the headline one and must be present."""
+
+
+def content_id(*parts: object) -> str:
+    """A 16-character id that depends on nothing but the given JSON values."""
+    canonical = json.dumps(parts, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def render_prompt(tokenizer: Tokenizer, user_text: str, *, chat: bool = True) -> list[int]:
+    """Token ids of one user turn: through the model's chat template, or as plain text if none."""
+    if not chat or tokenizer.chat_template is None:
+        return tokenizer.encode(user_text)
+    # The template writes its own special tokens; adding them again would double the BOS.
+    return tokenizer.encode(_in_template(tokenizer, user_text), add_special_tokens=False)
+
+
+def count_question_tokens(
+    tokenizer: Tokenizer, user_text: str, context_end: int, *, chat: bool = True
+) -> int:
+    """How many tokens of ``render_prompt(...)`` follow the context.
+
+    context_end: index in ``user_text`` of the first character after the context. A token that
+    straddles it counts as question.
+    """
+    token_ids = render_prompt(tokenizer, user_text, chat=chat)
+    if not chat or tokenizer.chat_template is None:
+        before = tokenizer.encode(user_text[:context_end])
+    else:
+        # The template may trim the turn, so the context is found from the end of the text.
+        rendered = _in_template(tokenizer, user_text)
+        question = user_text[context_end:].rstrip()
+        start = (
+            rendered.rindex(question) if question else rendered.rindex(user_text.strip()[-1]) + 1
+        )
+        before = tokenizer.encode(rendered[:start], add_special_tokens=False)
+    shared = 0
+    for one, other in zip(before, token_ids, strict=False):
+        if one != other:
+            break
+        shared += 1
+    return len(token_ids) - shared
+
+
+def _in_template(tokenizer: Tokenizer, user_text: str) -> str:
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": user_text}], tokenize=False, add_generation_prompt=True
+    )

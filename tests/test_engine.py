@@ -1,0 +1,234 @@
+"""The engine's promises: bounded memory, independence of neighbours, odd prompts, stopping."""
+
+import pytest
+import torch
+
+from kvarena.harness.cache import LayerCache
+from kvarena.harness.engine import Engine
+from kvarena.harness.errors import UsageError
+from kvarena.harness.registry import build, choices, load_choice
+from kvarena.harness.sampling import Sampling
+from kvarena.policies.full import Full
+from kvarena.policies.keydiff import KeyDiff
+from toys import VOCAB, toy_model, toy_prompt
+
+POLICIES = choices("policy")
+EVICTING = [name for name in POLICIES if name != "full"]
+
+
+def policy_named(name: str) -> object:
+    return build(load_choice("policy", name))
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_no_layer_ever_holds_more_than_budget_and_chunk(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget, chunk, most_held = 48, 16, []
+    append = LayerCache.append
+
+    def spy(cache: LayerCache, slots: slice, start: int, keys: torch.Tensor, *rest: object) -> None:
+        append(cache, slots, start, keys, *rest)
+        most_held.append(start + keys.shape[2])
+        assert cache.keys.shape[2] == cache.values.shape[2] == budget + chunk
+
+    monkeypatch.setattr(LayerCache, "append", spy)
+    engine = Engine(
+        toy_model(), policy_named(name), budget_tokens=budget, chunk_tokens=chunk, slots=2
+    )
+    prompts = [toy_prompt(300), toy_prompt(10, seed=1), toy_prompt(77, seed=2)]
+    generations = list(engine.generate(prompts, max_new_tokens=60, record_history=True))
+    assert max(most_held) == budget + chunk
+    for generation in generations:
+        for step in generation.kept_history:
+            assert all(positions.shape[1] <= budget for positions in step.positions)
+    layer_bytes = [layer.allocated_bytes for layer in engine.layers]
+    assert engine.kv_bytes_allocated == sum(layer_bytes)
+    assert generations[0].kv_bytes_peak <= engine.kv_bytes_allocated // 2
+    assert generations[0].kv_bytes_kept < generations[0].kv_bytes_peak
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_sample_is_the_same_alone_and_among_others_in_any_order(name: str) -> None:
+    model = toy_model("llama", dtype=torch.float64)
+    prompts = [toy_prompt(length, seed=length) for length in (150, 9, 64, 210, 33, 1, 120, 90, 75)]
+
+    def run(order: list[int], slots: int) -> dict[int, tuple]:
+        engine = Engine(model, policy_named(name), budget_tokens=48, chunk_tokens=16, slots=slots)
+        generations = engine.generate(
+            [prompts[i] for i in order], max_new_tokens=40, record_kept=True
+        )
+        return dict(zip(order, generations, strict=True))
+
+    indices = list(range(len(prompts)))
+    alone = run(indices, slots=1)
+    for order in (indices, indices[::-1], [4, 2, 8, 0, 6, 1, 3, 7, 5]):
+        among_others = run(order, slots=8)
+        for index in indices:
+            assert among_others[index].token_ids == alone[index].token_ids
+            for here, there in zip(
+                among_others[index].kept_positions, alone[index].kept_positions, strict=True
+            ):
+                assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 20, 31, 32, 33])
+def test_short_prompts_work(name: str, num_tokens: int) -> None:
+    """Empty, one token, and shorter than the budget, the chunk and SnapKV's window."""
+    engine = Engine(toy_model(), policy_named(name), budget_tokens=40, chunk_tokens=64, slots=2)
+    (generation,) = engine.generate([toy_prompt(num_tokens)], max_new_tokens=30)
+    assert len(generation.token_ids) == 30
+    assert generation.prompt_tokens == max(1, num_tokens)
+
+
+def test_budget_over_the_prompt_equals_the_full_cache() -> None:
+    model, prompt = toy_model(), toy_prompt(50)
+    expected = next(Engine(model, Full()).generate([prompt], max_new_tokens=20))
+    for name in EVICTING:
+        engine = Engine(model, policy_named(name), budget_tokens=70)
+        assert next(engine.generate([prompt], max_new_tokens=20)).token_ids == expected.token_ids
+
+
+def test_slots_refill_and_results_come_in_prompt_order() -> None:
+    engine = Engine(toy_model(), KeyDiff(), budget_tokens=32, chunk_tokens=16, slots=2)
+    prompts = [toy_prompt(length, seed=length) for length in (80, 5, 40, 20, 60)]
+    lengths = [30, 2, 9, 1, 17]
+    passes: list[int] = []
+    generations = list(engine.generate(prompts, max_new_tokens=lengths, on_pass=passes.append))
+    assert [g.index for g in generations] == [0, 1, 2, 3, 4]
+    assert [len(g.token_ids) for g in generations] == lengths
+    assert sum(passes) == sum(map(len, prompts)) + sum(lengths) - len(lengths)
+    as_completed = engine.generate(prompts, max_new_tokens=lengths, as_completed=True)
+    assert next(as_completed).index == 1
+
+
+def test_stop_tokens_end_a_sequence_and_are_kept() -> None:
+    model, prompts = toy_model(), [toy_prompt(30), toy_prompt(30, seed=5)]
+    free = list(Engine(model, Full()).generate(prompts, max_new_tokens=12))
+    stop = free[0].token_ids[4]
+    first = free[0].token_ids.index(stop)
+    stopped = list(
+        Engine(model, Full()).generate(prompts, max_new_tokens=12, stop_token_ids=[[stop], []])
+    )
+    assert stopped[0].token_ids == free[0].token_ids[: first + 1]
+    assert stopped[0].finish_reason == "stop"
+    assert stopped[1].token_ids == free[1].token_ids
+    assert stopped[1].finish_reason == "length"
+
+
+def test_sampling_depends_on_the_seed_and_on_nothing_else() -> None:
+    model, prompts = toy_model(dtype=torch.float64), [toy_prompt(30), toy_prompt(44, seed=5)]
+    sampling = Sampling(temperature=0.9, top_p=0.95, top_k=50)
+
+    def run(order: list[int], seeds: list[int], slots: int) -> list[list[int]]:
+        engine = Engine(model, KeyDiff(), budget_tokens=24, chunk_tokens=16, slots=slots)
+        generations = engine.generate(
+            [prompts[i] for i in order],
+            max_new_tokens=20,
+            sampling=sampling,
+            seeds=[seeds[i] for i in order],
+        )
+        return [g.token_ids for g in generations]
+
+    first, second = run([0, 1], [7, 8], slots=2)
+    assert run([1, 0], [7, 8], slots=1) == [second, first]
+    assert run([0, 1], [7, 9], slots=2)[0] == first
+    assert run([0, 1], [6, 8], slots=2)[0] != first
+
+
+def test_top_k_of_one_is_greedy() -> None:
+    model, prompt = toy_model(), toy_prompt(30)
+    greedy = next(Engine(model, Full()).generate([prompt], max_new_tokens=10))
+    engine = Engine(model, Full())
+    sampled = next(
+        engine.generate(
+            [prompt], max_new_tokens=10, sampling=Sampling(temperature=2.0, top_k=1), seeds=3
+        )
+    )
+    assert sampled.token_ids == greedy.token_ids
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = toy_model()
+    before = model.config._attn_implementation
+    list(Engine(model, KeyDiff(), budget_tokens=32).generate([toy_prompt(50)], max_new_tokens=3))
+    assert model.config._attn_implementation == before
+
+
+def test_attention_reference_and_sdpa_agree() -> None:
+    model, prompt = toy_model(dtype=torch.float64), toy_prompt(120)
+    outputs = []
+    for attention in ("sdpa", "reference"):
+        engine = Engine(model, KeyDiff(), budget_tokens=40, chunk_tokens=16, attention=attention)
+        outputs.append(
+            next(engine.generate([prompt], max_new_tokens=30, record_logits=True)).logits
+        )
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_sinks_and_recent_are_never_evicted(name: str) -> None:
+    policy = build({**load_choice("policy", name), "sinks": 3, "recent": 5})
+    engine = Engine(toy_model(), policy, budget_tokens=48, chunk_tokens=16)
+    generation = next(engine.generate([toy_prompt(120)], max_new_tokens=9, record_history=True))
+    for step in generation.kept_history:
+        newest = range(max(0, step.seen_tokens - 5), step.seen_tokens)
+        for positions in step.positions:
+            for head in positions.tolist():
+                assert {0, 1, 2, *newest} <= set(head)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget_tokens": 32}, "budget of 32 tokens leaves nothing to choose"),
+        ({"budget_tokens": 64, "chunk_tokens": 0}, "chunk_tokens must be >= 1, got 0"),
+        ({"budget_tokens": 64, "slots": 0}, "slots must be >= 1, got 0"),
+        ({"budget_tokens": 64, "attention": "falsh"}, "Did you mean flash"),
+    ],
+)
+def test_bad_settings_are_named(options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Engine(toy_model(), policy_named("snapkv"), **options)
+
+
+def test_sdpa_refuses_what_it_cannot_express() -> None:
+    engine = Engine(toy_model("gpt_oss"), KeyDiff(), budget_tokens=32)
+    with pytest.raises(UsageError, match="use attention=reference"):
+        list(engine.generate([toy_prompt(10)], max_new_tokens=2))
+
+
+def test_a_prompt_beyond_the_context_is_refused() -> None:
+    engine = Engine(toy_model(max_position_embeddings=64), KeyDiff(), budget_tokens=32)
+    with pytest.raises(UsageError, match="prompt 1 has 60 tokens, with 5 new ones 65"):
+        engine.generate([toy_prompt(59), toy_prompt(60)], max_new_tokens=5)
+
+
+def test_no_bos_and_an_empty_prompt_is_refused() -> None:
+    model = toy_model(bos_token_id=None)
+    model.generation_config.bos_token_id = None
+    with pytest.raises(UsageError, match="no BOS token"):
+        Engine(model, KeyDiff(), budget_tokens=32).generate([[]], max_new_tokens=5)
+
+
+def test_an_unknown_attention_argument_is_not_ignored() -> None:
+    from kvarena.harness.passes import arena_attention
+
+    tensor = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(NotImplementedError, match="position_bias"):
+        arena_attention(
+            torch.nn.Identity(), tensor, tensor, tensor, None, arena=None, position_bias=tensor
+        )
+
+
+def test_no_prompts_give_no_generations() -> None:
+    assert (
+        list(Engine(toy_model(), KeyDiff(), budget_tokens=32).generate([], max_new_tokens=5)) == []
+    )
+
+
+def test_vocabulary_is_respected() -> None:
+    engine = Engine(toy_model(), KeyDiff(), budget_tokens=32)
+    generation = next(engine.generate([toy_prompt(40)], max_new_tokens=20))
+    assert all(0 <= token < VOCAB for token in generation.token_ids)
