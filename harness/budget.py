@@ -30,7 +30,8 @@ class Budget:
         """
         if self.ratio is None:
             return self.tokens
-        share = max(1, math.ceil(self.ratio * prompt_tokens))
+        # Rounded first: 0.07 * 100 is a hair over 7 in binary.
+        share = max(1, math.ceil(round(self.ratio * prompt_tokens, 6)))
         while share <= policy.sinks + policy.num_recent(share):
             share += 1
         return share

@@ -15,7 +15,7 @@ from kvarena.harness.engine import Engine
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import ModelSpec
 from kvarena.harness.progress import TokenProgress
-from kvarena.harness.registry import build
+from kvarena.harness.registry import build, one_of
 from kvarena.harness.requests import check_budget, check_context
 from kvarena.harness.results import CellFolder
 from kvarena.harness.sampling import Sampling
@@ -38,6 +38,7 @@ class Cell:
     model: ModelSpec
     budget: str | int
     sampling: Sampling
+    question: str
     seed: int
     limit: int | None
     slots: int
@@ -52,6 +53,7 @@ class Cell:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.removesuffix('_tokens')} must be >= 1, got {value}")
+        one_of("question", self.question, ["inside", "after"])
         self.task: Task = build(self.task_settings)
         self.policy: Policy = build(self.policy_settings)
         budget = parse_budget(self.budget)
@@ -68,6 +70,7 @@ class Cell:
             "policy": {"name": self.policy_label, **self.policy_settings},
             "model": {"name": self.model.name, **vars(self.model)},
             "budget": {"name": self.bound.label},
+            "question": self.question,
             "sampling": vars(self.sampling),
             "seed": self.seed,
             "chunk": self.chunk_tokens,
@@ -103,6 +106,9 @@ def run_cell(cell: Cell, results_dir: Path) -> Path:
             [sample.prompt_token_ids for sample in missing],
             max_new_tokens=[sample.max_new_tokens for sample in missing],
             budgets=[_budget_tokens(cell, sample) for sample in missing],
+            question_tokens=[_question_tokens(cell, sample) for sample in missing],
+            stop_token_ids=[_stop_token_ids(model, tokenizer, sample) for sample in missing],
+            min_new_tokens=[int(sample.stop_newline) for sample in missing],
             sampling=cell.sampling,
             seeds=[int(content_id(cell.seed, sample.id), 16) >> 1 for sample in missing],
             as_completed=True,
@@ -121,6 +127,12 @@ def _samples(cell: Cell, tokenizer: Tokenizer) -> Sequence[Sample]:
         raise UsageError(f"{cell.task.name}: {error}") from error
     limit_tokens = models.context_tokens(models.load_config(cell.model))
     for sample in samples:
+        if cell.question == "after" and not sample.question_tokens:
+            raise UsageError(
+                f"question=after: task {cell.task.name} has no context apart from its question; "
+                "use question=inside"
+            )
+        check_budget(cell.policy, _budget_tokens(cell, sample), _question_tokens(cell, sample))
         check_context(
             f"sample {sample.id}", len(sample.prompt_token_ids), sample.max_new_tokens, limit_tokens
         )
@@ -129,6 +141,20 @@ def _samples(cell: Cell, tokenizer: Tokenizer) -> Sequence[Sample]:
 
 def _budget_tokens(cell: Cell, sample: Sample) -> int | None:
     return cell.bound.for_prompt(len(sample.prompt_token_ids), cell.policy)
+
+
+def _question_tokens(cell: Cell, sample: Sample) -> int:
+    """Tokens held back from compression under question=after, else none."""
+    return sample.question_tokens if cell.question == "after" else 0
+
+
+def _stop_token_ids(model: PreTrainedModel, tokenizer: Tokenizer, sample: Sample) -> set[int]:
+    """The model's own stop tokens, and a newline where the task says so."""
+    eos = model.generation_config.eos_token_id
+    stops = {eos} if isinstance(eos, int) else set(eos or ())
+    if sample.stop_newline:
+        stops.add(tokenizer.encode("\n", add_special_tokens=False)[-1])
+    return stops
 
 
 @lru_cache(maxsize=1)
@@ -147,6 +173,7 @@ def _row(
         "model": cell.model.name,
         "policy": cell.policy_label,
         "budget": cell.bound.label,
+        "question": cell.question,
         "sample_id": sample.id,
         "status": "ok",
         **cell.task.score(sample, prediction),

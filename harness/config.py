@@ -25,6 +25,9 @@ class RunConfig:
     policy: Any = None
     model: Any = None
     budget: Any = 512  # 512 | 2k | 25% | full
+    question: str = (
+        "inside"  # inside | after: is the context compressed with the question in sight?
+    )
     limit: int | None = None  # first so many samples
     seed: int = 0
     slots: int = 8  # sequences side by side

@@ -84,6 +84,8 @@ class Engine:
         sampling: Sampling | None = None,
         seeds: int | Seq[int] = 0,
         stop_token_ids: StopTokens = None,
+        min_new_tokens: int | Seq[int] = 0,
+        question_tokens: int | Seq[int] = 0,
         as_completed: bool = False,
         on_pass: Callable[[int], None] | None = None,
         record_kept: bool = False,
@@ -96,6 +98,9 @@ class Engine:
         budgets: one per prompt, in place of budget_tokens.
         sampling: greedy if None; each sequence draws from a generator of its own, seeded by seeds.
         stop_token_ids: for all, or one collection per prompt; None: the model's own.
+        min_new_tokens: no stop token before so many.
+        question_tokens: last tokens of the prompt that the context is compressed without; context
+        and question together stay in the budget.
         on_pass: told the number of tokens of each pass.
         record_kept: positions held at the end; record_history: after every pass;
         record_logits: of every token fed.
@@ -108,6 +113,8 @@ class Engine:
             budgets=self.budget_tokens if budgets is None else budgets,
             seeds=seeds,
             stop_token_ids=stop_token_ids,
+            min_new_tokens=min_new_tokens,
+            question_tokens=question_tokens,
         )
         recording = _Recording(kept=record_kept, history=record_history, logits=record_logits)
         finished = self._run(sequences, sampling or Sampling(), recording, on_pass)
@@ -178,6 +185,9 @@ class Engine:
                 sequence.logits.append(piece)
             logits = logits[last_rows]
         if deciding:
+            for row_index, sequence in enumerate(deciding):
+                if len(sequence.token_ids) < sequence.min_new_tokens:
+                    logits[row_index, list(sequence.stop_token_ids)] = float("-inf")
             chosen = sampling.choose(logits, [sequence.generator for sequence in deciding])
             now_sec = perf_counter()
             for sequence, token_id in zip(deciding, chosen, strict=True):

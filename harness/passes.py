@@ -90,7 +90,7 @@ def pack_runs(work: Seq[tuple[int, Sequence, list[int]]], positions: Tensor) -> 
                 num_live=first.num_live,
                 num_new=num_new,
                 num_kept=first.kept_after(num_new),
-                budget_tokens=first.budget_tokens,
+                budget_tokens=first.limit_after(num_new),
                 positions=positions[row].view(num, num_new),
             )
         )
@@ -104,7 +104,7 @@ def _same_work(left: tuple[int, Sequence, int], right: tuple[int, Sequence, int]
         right[0] == left[0] + 1
         and right[2] == left[2]
         and right[1].num_live == left[1].num_live
-        and right[1].budget_tokens == left[1].budget_tokens
+        and right[1].limit_after(right[2]) == left[1].limit_after(left[2])
     )
 
 

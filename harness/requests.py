@@ -15,15 +15,17 @@ from kvarena.policies.base import Policy
 StopTokens = Collection[int] | Seq[Collection[int]] | None
 
 
-def check_budget(policy: Policy, budget_tokens: int | None) -> None:
+def check_budget(policy: Policy, budget_tokens: int | None, question_tokens: int = 0) -> None:
     """Raise UsageError if the budget leaves the policy nothing to choose."""
     if budget_tokens is None or not policy.evicts:
         return
-    protected = policy.sinks + policy.num_recent(budget_tokens)
-    if budget_tokens <= protected:
+    for_context = budget_tokens - question_tokens
+    protected = policy.sinks + policy.num_recent(for_context)
+    if for_context <= protected:
+        held_back = f" beside a question of {question_tokens}" if question_tokens else ""
         raise UsageError(
-            f"a budget of {budget_tokens} tokens leaves nothing to choose: {protected} tokens are "
-            f"protected (sinks and recent); raise the budget over {protected} or protect fewer"
+            f"a budget of {budget_tokens} tokens{held_back} leaves nothing to choose: {protected} "
+            "tokens are protected (sinks and recent); raise the budget or protect fewer"
         )
 
 
@@ -48,18 +50,26 @@ def plan_sequences(
     budgets: int | Seq[int | None] | None,
     seeds: int | Seq[int],
     stop_token_ids: StopTokens,
+    min_new_tokens: int | Seq[int] = 0,
+    question_tokens: int | Seq[int] = 0,
 ) -> list[Sequence]:
     """One sequence per prompt; a single value stands for all prompts. Raises UsageError."""
     lengths = _per_prompt("max_new_tokens", max_new_tokens, len(prompts))
     limits = _per_prompt("budgets", budgets, len(prompts))
     seed_list = _per_prompt("seeds", seeds, len(prompts))
     stops = _stop_sets(model, stop_token_ids, len(prompts))
+    minima = _per_prompt("min_new_tokens", min_new_tokens, len(prompts))
+    questions = _per_prompt("question_tokens", question_tokens, len(prompts))
     sequences = []
     for index, prompt in enumerate(prompts):
         token_ids = [int(token) for token in prompt] or [_bos_token(model)]
         if lengths[index] < 1:
             raise UsageError(f"max_new_tokens must be >= 1, got {lengths[index]}")
-        check_budget(policy, limits[index])
+        if not 0 <= questions[index] <= len(token_ids):
+            raise UsageError(
+                f"question_tokens is {questions[index]} of a prompt of {len(token_ids)}"
+            )
+        check_budget(policy, limits[index], questions[index])
         check_context(
             f"prompt {index}", len(token_ids), lengths[index], context_tokens(model.config)
         )
@@ -70,6 +80,8 @@ def plan_sequences(
                 max_new_tokens=lengths[index],
                 budget_tokens=limits[index] if policy.evicts else None,
                 stop_token_ids=stops[index],
+                question_tokens=questions[index],
+                min_new_tokens=minima[index],
                 generator=torch.Generator().manual_seed(seed_list[index]),
             )
         )

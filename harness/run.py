@@ -51,6 +51,7 @@ def main() -> None:
 
 def _hydra_main(finished: list[Path], failures: list[Exception]) -> None:
     """Run one cell, or a sweep of them, noting folders and failures as they come."""
+    parent = os.getpid()
 
     def job(settings: DictConfig) -> str:
         try:
@@ -58,7 +59,9 @@ def _hydra_main(finished: list[Path], failures: list[Exception]) -> None:
         except Exception as error:
             _report(error)  # at once: a sweep goes on and would only tell at its end
             failures.append(error)
-            raise
+            if os.getpid() != parent:  # a launcher with processes of its own hands errors back
+                raise
+            return ""  # Hydra would add a line of its own
         finished.append(path)
         return str(path)
 
@@ -72,7 +75,7 @@ def _run(settings: DictConfig) -> Path:
     from kvarena.harness.sampling import Sampling
 
     config: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
-    for group in ("task", "policy"):
+    for group in ("task", "policy", "model"):
         if not isinstance(config[group], dict):
             raise UsageError(f"{group} must name a choice: {', '.join(choices(group))}")
     try:
@@ -86,6 +89,7 @@ def _run(settings: DictConfig) -> Path:
         model=ModelSpec(**config["model"]),
         budget=config["budget"],
         sampling=sampling,
+        question=config["question"],
         seed=config["seed"],
         limit=config["limit"],
         slots=config["slots"],
@@ -149,7 +153,7 @@ def _check_key(override: Override) -> None:
     key = override.key_or_group
     known = [setting.name for setting in fields(RunConfig)] + ["experiment", "hydra"]
     first = key.split("/")[0].split(".")[0]
-    if first not in known and not override.is_add():
+    if first not in known:
         one_of("setting", first, known)
 
 

@@ -49,8 +49,10 @@ class Generation:
 class Sequence:
     """A sequence on its way through a slot.
 
-    num_seen: tokens fed to the model so far; num_live: tokens held now, per layer and head;
-    most_live, most_kept: the most of them during and between passes.
+    question_tokens: last tokens of the prompt, which the context is compressed without;
+    min_new_tokens: no stop token before so many new ones; num_seen: tokens fed to the model so far;
+    num_live: tokens held now, per layer and head; most_live, most_kept: the most of them during and
+    between passes.
     """
 
     index: int
@@ -59,6 +61,8 @@ class Sequence:
     budget_tokens: int | None
     stop_token_ids: frozenset[int]
     generator: torch.Generator
+    question_tokens: int = 0
+    min_new_tokens: int = 0
     num_seen: int = 0
     num_live: int = 0
     most_live: int = 0
@@ -79,14 +83,31 @@ class Sequence:
 
     def next_tokens(self, chunk_tokens: int) -> list[int]:
         """What goes into the next pass: a chunk of the prompt, or the newest token."""
-        if self.num_seen < len(self.prompt):
-            return self.prompt[self.num_seen : self.num_seen + chunk_tokens]
-        return self.token_ids[-1:]
+        if self.num_seen >= len(self.prompt):
+            return self.token_ids[-1:]
+        end = self.num_seen + chunk_tokens
+        if self.num_seen < self.context_tokens:
+            end = min(end, self.context_tokens)  # no chunk may mix context and question
+        return self.prompt[self.num_seen : end]
+
+    @property
+    def context_tokens(self) -> int:
+        return len(self.prompt) - self.question_tokens
+
+    def limit_after(self, num_new: int) -> int | None:
+        """Most tokens to hold once a pass with ``num_new`` tokens has evicted; None: no bound.
+
+        The context is compressed to leave room for the question, whose tokens then evict nothing.
+        """
+        if self.budget_tokens is None:
+            return None
+        reads_context = self.question_tokens and self.num_seen + num_new <= self.context_tokens
+        return self.budget_tokens - (self.question_tokens if reads_context else 0)
 
     def kept_after(self, num_new: int) -> int:
         """Tokens held per head once a pass with ``num_new`` tokens has evicted."""
-        touched = self.num_live + num_new
-        return touched if self.budget_tokens is None else min(touched, self.budget_tokens)
+        touched, limit = self.num_live + num_new, self.limit_after(num_new)
+        return touched if limit is None else min(touched, limit)
 
     def advance(self, num_new: int) -> None:
         """Account for a pass with ``num_new`` tokens."""

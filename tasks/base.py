@@ -32,6 +32,8 @@ class Sample:
     max_new_tokens: int
     # Last tokens of the prompt, from the end of the context on; 0: the two cannot be told apart.
     question_tokens: int = 0
+    # End the answer at a newline, after at least one new token (LongBench's samsum).
+    stop_newline: bool = False
     meta: Mapping[str, Any] = field(default_factory=dict)  # JSON values, written to the row
 
 

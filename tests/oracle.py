@@ -1,9 +1,9 @@
 """The replay oracle: what the engine did with a small cache, redone with a full one.
 
 The engine recorded which positions each head held after each pass. The oracle runs all tokens
-in ONE pass of the untouched model with an explicit mask per head that hides exactly what was gone when
-each query ran. Its attention is written independently of the engine's. Equal logits then mean: right
-positions, right heads, right eviction times, no leak between sequences.
+in ONE pass of the untouched model with an explicit mask per head that hides exactly what was gone
+when each query ran. Its attention is written independently of the engine's. Equal logits then
+mean: right positions, right heads, right eviction times, no leak between sequences.
 """
 
 from typing import Any

@@ -232,3 +232,50 @@ def test_vocabulary_is_respected() -> None:
     engine = Engine(toy_model(), KeyDiff(), budget_tokens=32)
     generation = next(engine.generate([toy_prompt(40)], max_new_tokens=20))
     assert all(0 <= token < VOCAB for token in generation.token_ids)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_question_held_back_does_not_change_what_the_context_keeps(name: str) -> None:
+    """Same context, other questions of the same length: the same context tokens survive."""
+    model = toy_model(dtype=torch.float64)
+    context, kept = toy_prompt(150), []
+    for seed in (1, 2):
+        engine = Engine(model, policy_named(name), budget_tokens=64, chunk_tokens=16)
+        generation = next(
+            engine.generate(
+                [context + toy_prompt(20, seed=seed)],
+                max_new_tokens=4,
+                question_tokens=20,
+                record_history=True,
+            )
+        )
+        after_context = [s for s in generation.kept_history if s.seen_tokens == 150]
+        assert len(after_context) == 1
+        after_question = [s for s in generation.kept_history if s.seen_tokens == 170]
+        for before, after in zip(
+            after_context[0].positions, after_question[0].positions, strict=True
+        ):
+            if name != "full":
+                assert before.shape[1] == 64 - 20
+            question = torch.arange(150, 170).expand(before.shape[0], -1)
+            assert torch.equal(after, torch.cat([before, question], dim=1))
+        kept.append(after_context[0].positions)
+    for one, other in zip(*kept, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_question_that_fills_the_budget_is_refused() -> None:
+    engine = Engine(toy_model(), KeyDiff(), budget_tokens=32)
+    with pytest.raises(UsageError, match="32 tokens beside a question of 32 leaves nothing"):
+        engine.generate([toy_prompt(80)], max_new_tokens=4, question_tokens=32)
+
+
+def test_no_stop_token_before_the_minimum() -> None:
+    model, prompt = toy_model(), toy_prompt(30)
+    first = next(Engine(model, Full()).generate([prompt], max_new_tokens=1)).token_ids[0]
+    generation = next(
+        Engine(model, Full()).generate(
+            [prompt], max_new_tokens=9, stop_token_ids=[first], min_new_tokens=1
+        )
+    )
+    assert generation.token_ids[0] != first

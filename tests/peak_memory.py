@@ -1,0 +1,55 @@
+"""Run as a script: peak resident memory of one generation over the loaded model, in bytes, as JSON.
+
+A process of its own per policy, so that no earlier allocation can hide a later one. Linux only.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+
+from kvarena.harness.engine import Engine
+from kvarena.harness.models import load_model
+from kvarena.harness.registry import build, load_choice
+from kvarena.tasks.needle import Needle
+
+
+def resident_bytes(field: str) -> int:
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    model, tokenizer = load_model("smollm2-135m")
+    (sample,) = Needle(lengths=[4000], depths=[50]).samples(tokenizer, seed=0)
+    engine = Engine(
+        model,
+        build(load_choice("policy", sys.argv[1])),
+        budget_tokens=512,
+        chunk_tokens=128,
+        slots=1,
+    )
+    # A short run maps the weights and the libraries' code; then everything that it and loading left
+    # free goes back to the system, so that no free memory can hide what the long run takes.
+    next(engine.generate([sample.prompt_token_ids[:64]], max_new_tokens=2))
+    engine.layers.clear()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as control:
+        control.write("5")  # the peak starts from here
+    before = resident_bytes("VmRSS")
+    generation = next(engine.generate([sample.prompt_token_ids], max_new_tokens=70))
+    print(
+        json.dumps(
+            {
+                "over_model_bytes": resident_bytes("VmHWM") - before,
+                "prompt_tokens": generation.prompt_tokens,
+                "capacities": sorted({layer.keys.shape[2] for layer in engine.layers}),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

