@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from kvarena.policies.base import Policy
 class _Recording:
     kept: bool
     history: bool
-    logits: bool
+    logits: Literal["all", "answer"] | None
 
 
 class Engine:
@@ -79,7 +80,8 @@ class Engine:
         self,
         prompts: Seq[Seq[int]],
         *,
-        max_new_tokens: int | Seq[int],
+        max_new_tokens: int | Seq[int] | None = None,
+        forced: Seq[Seq[int]] | None = None,
         budgets: Seq[int | None] | None = None,
         sampling: Sampling | None = None,
         seeds: int | Seq[int] = 0,
@@ -90,11 +92,13 @@ class Engine:
         on_pass: Callable[[int], None] | None = None,
         record_kept: bool = False,
         record_history: bool = False,
-        record_logits: bool = False,
+        record_logits: Literal["all", "answer"] | None = None,
     ) -> Iterator[Generation]:
         """Yield one Generation per prompt, in the order of the prompts (or as they end).
 
         prompts: token ids; an empty one starts from the model's BOS token.
+        forced: one answer per prompt that is fed in place of the model's own (teacher forcing); it
+        stands for max_new_tokens and is never stopped.
         budgets: one per prompt, in place of budget_tokens.
         sampling: greedy if None; each sequence draws from a generator of its own, seeded by seeds.
         stop_token_ids: for all, or one collection per prompt; None: the model's own.
@@ -103,13 +107,18 @@ class Engine:
         and question together stay in the budget.
         on_pass: told the number of tokens of each pass.
         record_kept: positions held at the end; record_history: after every pass;
-        record_logits: of every token fed.
+        record_logits: of all tokens fed, or those that choose each token of the answer.
         """
+        if (max_new_tokens is None) == (forced is None):
+            raise UsageError("give either max_new_tokens or forced")
+        lengths = max_new_tokens if forced is None else [len(answer) for answer in forced]
+        assert lengths is not None, "one of the two is given"
         sequences = plan_sequences(
             self.model,
             self.policy,
             prompts,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=lengths,
+            forced=forced,
             budgets=self.budget_tokens if budgets is None else budgets,
             seeds=seeds,
             stop_token_ids=stop_token_ids,
@@ -172,18 +181,21 @@ class Engine:
             if sequence.num_seen + len(tokens) >= len(sequence.prompt):
                 deciding.append(sequence)
                 last_rows.append(end - 1)
-        rows_wanted = list(range(len(row))) if recording.logits else last_rows
+        rows_wanted = list(range(len(row))) if recording.logits == "all" else last_rows
         logits = self._forward(row, work, rows_wanted)
 
         for slot, sequence, tokens in work:
             sequence.advance(len(tokens))
             if recording.history:
                 sequence.history.append(self._kept(slot, sequence))
-        if recording.logits:
+        if recording.logits == "all":
             pieces = logits.cpu().split([len(tokens) for _, _, tokens in work])
             for (_, sequence, _), piece in zip(work, pieces, strict=True):
                 sequence.logits.append(piece)
             logits = logits[last_rows]
+        if recording.logits == "answer":
+            for sequence, piece in zip(deciding, logits.cpu(), strict=True):
+                sequence.logits.append(piece[None])
         if deciding:
             for row_index, sequence in enumerate(deciding):
                 if len(sequence.token_ids) < sequence.min_new_tokens:

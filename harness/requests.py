@@ -52,6 +52,7 @@ def plan_sequences(
     stop_token_ids: StopTokens,
     min_new_tokens: int | Seq[int] = 0,
     question_tokens: int | Seq[int] = 0,
+    forced: Seq[Seq[int]] | None = None,
 ) -> list[Sequence]:
     """One sequence per prompt; a single value stands for all prompts. Raises UsageError."""
     lengths = _per_prompt("max_new_tokens", max_new_tokens, len(prompts))
@@ -59,6 +60,7 @@ def plan_sequences(
     seed_list = _per_prompt("seeds", seeds, len(prompts))
     stops = _stop_sets(model, stop_token_ids, len(prompts))
     minima = _per_prompt("min_new_tokens", min_new_tokens, len(prompts))
+    answers = _per_prompt("forced", forced, len(prompts))
     questions = _per_prompt("question_tokens", question_tokens, len(prompts))
     sequences = []
     for index, prompt in enumerate(prompts):
@@ -82,6 +84,7 @@ def plan_sequences(
                 stop_token_ids=stops[index],
                 question_tokens=questions[index],
                 min_new_tokens=minima[index],
+                forced=None if answers[index] is None else list(answers[index]),
                 generator=torch.Generator().manual_seed(seed_list[index]),
             )
         )

@@ -40,7 +40,7 @@ class CellFolder:
         self.identity = dict(identity)
         self.run_id = hashlib.sha256(canonical.encode()).hexdigest()[:12]
         task, model, policy, budget = (
-            re.sub(r"[^A-Za-z0-9.=%-]+", "_", str(identity[key]["name"]))
+            re.sub(r"[^A-Za-z0-9.=%-]+", "_", str(identity[key]["name"])).lstrip(".") or "_"
             for key in ("task", "model", "policy", "budget")
         )
         self.path = results_dir / "runs" / task / model / f"{policy}-{budget}-{self.run_id[:8]}"

@@ -137,6 +137,8 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
         _check_key(override)
         if key == "model" and _is_location(override.value()):
             location = str(override.value())
+            if Path(location).is_dir():  # one folder is one model, wherever the command runs
+                location = str(Path(location).resolve())
             name = Path(location).name
             prepared += ["model=custom", f"model.name='{name}'", f"model.source='{location}'"]
             continue

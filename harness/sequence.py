@@ -28,7 +28,8 @@ class Generation:
     ttft_sec: from getting a slot to the first token; decode_tokens_per_sec: tokens after the first
     over the time they took (None for a single token).
     kept_positions: at the end, per layer [K, T]; kept_history: after every pass;
-    logits: [prompt and fed answer tokens, V]. None unless asked for.
+    logits: record_logits="all": [prompt and fed answer tokens, V]; "answer": [answer tokens, V],
+    those that chose each. None unless asked for.
     """
 
     index: int
@@ -51,8 +52,8 @@ class Sequence:
 
     question_tokens: last tokens of the prompt, which the context is compressed without;
     min_new_tokens: no stop token before so many new ones; num_seen: tokens fed to the model so far;
-    num_live: tokens held now, per layer and head; most_live, most_kept: the most of them during and
-    between passes.
+    forced: the answer to write instead of the model's own; num_live: tokens held now, per layer
+    and head; most_live, most_kept: the most of them during and between passes.
     """
 
     index: int
@@ -63,6 +64,7 @@ class Sequence:
     generator: torch.Generator
     question_tokens: int = 0
     min_new_tokens: int = 0
+    forced: list[int] | None = None
     num_seen: int = 0
     num_live: int = 0
     most_live: int = 0
@@ -117,7 +119,9 @@ class Sequence:
         self.num_seen += num_new
 
     def add_token(self, token_id: int, now_sec: float) -> None:
-        """Take a newly chosen token."""
+        """Take a newly chosen token, or the one that is forced in its place."""
+        if self.forced is not None:
+            token_id = self.forced[len(self.token_ids)]
         if not self.token_ids:
             self.first_token_at = now_sec
         self.last_token_at = now_sec
@@ -126,7 +130,7 @@ class Sequence:
     @property
     def finish_reason(self) -> str | None:
         """stop | length, or None while it runs."""
-        if self.token_ids and self.token_ids[-1] in self.stop_token_ids:
+        if self.forced is None and self.token_ids and self.token_ids[-1] in self.stop_token_ids:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_new_tokens else None
 

@@ -162,7 +162,7 @@ def test_attention_reference_and_sdpa_agree() -> None:
     for attention in ("sdpa", "reference"):
         engine = Engine(model, KeyDiff(), budget_tokens=40, chunk_tokens=16, attention=attention)
         outputs.append(
-            next(engine.generate([prompt], max_new_tokens=30, record_logits=True)).logits
+            next(engine.generate([prompt], max_new_tokens=30, record_logits="all")).logits
         )
     torch.testing.assert_close(outputs[0], outputs[1])
 
@@ -279,3 +279,26 @@ def test_no_stop_token_before_the_minimum() -> None:
         )
     )
     assert generation.token_ids[0] != first
+
+
+@pytest.mark.parametrize("name", ["full", "keydiff"])
+def test_forcing_the_own_answer_repeats_its_logits(name: str) -> None:
+    model, prompts = toy_model(dtype=torch.float64), [toy_prompt(90), toy_prompt(40, seed=2)]
+    engine = Engine(model, policy_named(name), budget_tokens=32, chunk_tokens=16)
+    free = list(engine.generate(prompts, max_new_tokens=12, record_logits="answer"))
+    again = list(
+        engine.generate(prompts, forced=[g.token_ids for g in free], record_logits="answer")
+    )
+    for one, other in zip(free, again, strict=True):
+        assert one.logits.shape == (12, VOCAB)
+        assert one.logits.argmax(dim=-1).tolist() == one.token_ids == other.token_ids
+        torch.testing.assert_close(one.logits, other.logits)
+
+
+def test_a_forced_answer_is_fed_whatever_the_model_thinks() -> None:
+    engine = Engine(toy_model(), KeyDiff(), budget_tokens=32)
+    answer = [5, 6, 7]
+    (generation,) = engine.generate([toy_prompt(50)], forced=[answer], stop_token_ids=[6])
+    assert generation.token_ids == answer
+    with pytest.raises(UsageError, match="either max_new_tokens or forced"):
+        engine.generate([toy_prompt(5)])

@@ -225,7 +225,7 @@ def test_streaming_llm_positions_are_ranks() -> None:
     def last_logits(policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
         generation = next(
             Engine(model, policy, **options).generate(
-                [prompt], max_new_tokens=1, record_history=True, record_logits=True
+                [prompt], max_new_tokens=1, record_history=True, record_logits="all"
             )
         )
         kept_before_last = generation.kept_history[-2].positions[0][0]

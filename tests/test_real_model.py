@@ -44,7 +44,7 @@ def test_replay_oracle_holds(name: str) -> None:
             max_new_tokens=66,
             stop_token_ids=(),
             record_history=True,
-            record_logits=True,
+            record_logits="all",
         )
     )
     tokens = prompt + generation.token_ids[:-1]
