@@ -134,6 +134,11 @@ demo: .venv/.stamp ## every policy at two budgets on the small model that comes 
 needle: .venv/.stamp ## find one sentence in a long text (needle in a haystack)
 	.venv/bin/kvarena --multirun task=needle $(OVERRIDES)
 
+.PHONY: reference
+reference: .venv/.stamp ## the runs behind the README's table and picture: about 10 minutes
+	.venv/bin/kvarena --multirun experiment=reference_needle 'policy=glob(*)' budget=256,512
+	.venv/bin/python -m kvarena.harness.reference results
+
 ##@ Work on kvarena
 
 PYTEST := .venv/bin/python -m pytest

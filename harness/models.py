@@ -13,8 +13,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -180,7 +181,8 @@ def _converted_gguf(spec: ModelSpec) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
         try:
-            _convert_gguf(gguf, scratch)
+            with redirect_stderr(StringIO()):  # its progress bar cannot be turned off otherwise
+                _convert_gguf(gguf, scratch)
             scratch.rename(folder)
         except OSError:
             if not folder.is_dir():  # another process may have finished first

@@ -73,7 +73,7 @@ def main() -> None:
                 module = importlib.import_module(target.rpartition(".")[0])
                 about = (module.__doc__ or "").strip().splitlines()[0]
             else:
-                about = str(settings["source"])
+                about = str(settings["source"] or "any hub id or folder: model=org/name")
             print(f"  {name:<32} {about}")
 
 

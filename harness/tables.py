@@ -135,6 +135,14 @@ def _score_text(mean: float, error: float) -> str:
     return "-" if pd.isna(mean) else f"{100 * mean:.1f} {tail:6}"
 
 
+def markdown(summary: pd.DataFrame) -> str:
+    """One GitHub table of one task and model, in the columns of ``print_summary``."""
+    header = _header(summary)
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows += [_cell_texts(line, header) for line in summary.itertuples(index=False)]
+    return "".join(f"| {' | '.join(text.strip() for text in row)} |\n" for row in rows)
+
+
 def _clip(text: str, width: int) -> str:
     """`text`, or its two ends around "..." when it is longer than `width`."""
     if len(text) <= width:

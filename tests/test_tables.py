@@ -211,7 +211,7 @@ def test_csv_round_trip_keeps_text_and_numbers(tmp_path: Path) -> None:
     awkward = 'two\nlines, a "quote", a carriage\rreturn, ü ± 語'
     rows = make_rows({"prediction": awkward, "ttft_sec": 0.1 + 0.2}, {"prediction": "x"})
     path = write_csv(rows, tmp_path / "new" / "needle.csv")
-    back = pd.read_csv(path, dtype={"budget": str})
+    back = pd.read_csv(path, dtype={"budget": str}, float_precision="round_trip")
     pd.testing.assert_frame_equal(back, rows, check_exact=True)
     again = summarise(back)
     pd.testing.assert_frame_equal(again, summarise(rows))

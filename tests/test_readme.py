@@ -1,0 +1,40 @@
+"""What the README says is what the files say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from kvarena.harness.reference import REPOSITORY, TASK, with_table
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def test_the_table_comes_from_the_committed_summary() -> None:
+    summary = REPOSITORY / "results" / "reference" / f"{TASK}-summary.csv"
+    assert with_table(README, summary) == README
+    assert "| keydiff | 512 |" in README
+
+
+def test_every_linked_file_exists() -> None:
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert targets
+    for target in targets:
+        assert (REPOSITORY / target).exists(), target
+
+
+def test_the_readmes_policy_works_as_printed(tmp_path: Path) -> None:
+    """The ten lines of the README, run as a policy on a toy model."""
+    code = re.search(r"`policies/random_keys.py`:\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "random_keys.py").write_text(code)
+    script = (
+        "from random_keys import RandomKeys\n"
+        "from toys import toy_model, toy_prompt\n"
+        "from kvarena.harness.engine import Engine\n"
+        "engine = Engine(toy_model(), RandomKeys(), budget_tokens=32, chunk_tokens=16)\n"
+        "(g,) = engine.generate([toy_prompt(90)], max_new_tokens=5, record_kept=True)\n"
+        "assert all(p.shape[1] == 32 for p in g.kept_positions)\n"
+        "assert g.kept_positions[0].tolist() != g.kept_positions[1].tolist()\n"
+    )
+    path = f"{tmp_path}:{Path(__file__).parent}"
+    subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": path}, check=True)
