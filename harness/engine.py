@@ -146,6 +146,7 @@ class Engine:
                     sequence.admitted_at = perf_counter()
                     slots[slot] = sequence
             num_tokens = self._step(slots, sampling, recording)
+            self._check_layers()
             if on_pass is not None:
                 on_pass(num_tokens)
             for slot, occupant in enumerate(slots):
@@ -162,6 +163,19 @@ class Engine:
             LayerCache(num_slots, capacity, self.policy.columns, num_saved_sinks)
             for _ in range(num_layers)
         ]
+
+    def _check_layers(self) -> None:
+        """Raise UsageError for a model with layers that keep their past somewhere else.
+
+        A Mamba or linear-attention layer would carry state from one sequence of a packed row into
+        the next, and no budget would bound it.
+        """
+        untouched = [index for index, layer in enumerate(self.layers) if not layer.allocated_bytes]
+        if untouched:
+            raise UsageError(
+                f"model type {self.model.config.model_type} is not supported: its layers "
+                f"{untouched} do not attend through transformers' attention interface"
+            )
 
     @torch.inference_mode()
     def _step(self, slots: Seq[Sequence | None], sampling: Sampling, recording: _Recording) -> int:
@@ -194,7 +208,8 @@ class Engine:
                 sequence.logits.append(piece)
             logits = logits[last_rows]
         if recording.logits == "answer":
-            for sequence, piece in zip(deciding, logits.cpu(), strict=True):
+            # A copy, as stop tokens that may not come yet are ruled out in place below.
+            for sequence, piece in zip(deciding, logits.to("cpu", copy=True), strict=True):
                 sequence.logits.append(piece[None])
         if deciding:
             for row_index, sequence in enumerate(deciding):

@@ -1,9 +1,15 @@
 """Files that are there whole or not at all, whenever the process or the machine stops."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def file_name(text: str) -> str:
+    """``text`` as the name of one file or folder, which can lead nowhere else."""
+    return re.sub(r"[^A-Za-z0-9.=%-]+", "_", text).lstrip(".") or "_"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -45,6 +46,13 @@ class ModelSpec:
     name: str
     source: str
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError(
+                f"model {self.name} names no source; give a hub id (model=org/name) or a folder "
+                "(model=/path/to/folder)"
+            )
 
 
 def find_model(name: str) -> ModelSpec:
@@ -80,8 +88,17 @@ def load_weights(spec: ModelSpec, *, device: str, dtype: str) -> PreTrainedModel
     """dtype: float32 | bfloat16 | float16 | auto (float32 on the CPU, bfloat16 elsewhere)."""
     check_device(device)
     with _loading(spec):
-        model = AutoModelForCausalLM.from_pretrained(
-            _folder_or_hub_id(spec), revision=spec.revision, dtype=resolve_dtype(dtype, device)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            _folder_or_hub_id(spec),
+            revision=spec.revision,
+            dtype=resolve_dtype(dtype, device),
+            output_loading_info=True,
+        )
+    if loaded["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise UsageError(
+            f"model {spec.name}: {len(loaded['missing_keys'])} weights are missing in "
+            f"{spec.source!r}, {min(loaded['missing_keys'])} for one; it is incomplete or of "
+            "another architecture than its config.json says"
         )
     return model.to(device).eval()
 
@@ -100,9 +117,15 @@ def check_device(device: str) -> None:
         raise UsageError(
             f"device={device!r} is not a torch device; use cpu, cuda or cuda:N"
         ) from None
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"device={device!r} has not been tried with kvarena; use cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             f"device={device} asked for, but torch sees no CUDA device; use device=cpu"
+        )
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device={device} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
         )
 
 
@@ -143,7 +166,10 @@ def _loading(spec: ModelSpec) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except OSError as error:
+    except UsageError:
+        raise
+    # ValueError: an unknown architecture, a tokenizer that is not there, or broken JSON.
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"model {spec.name}: cannot load {spec.source!r} ({reason}); give a folder that holds "

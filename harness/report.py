@@ -1,12 +1,14 @@
 """What a command shows when its cells are done: a table, tidy CSV files and pictures."""
 
-import re
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 
 from kvarena.harness import plots, tables
+from kvarena.harness.files import file_name
+from kvarena.harness.registry import choices, load_choice
 from kvarena.harness.results import read_rows
 
 
@@ -21,9 +23,21 @@ def report(cell_paths: Sequence[Path], results_dir: Path) -> list[Path]:
         tables.print_summary(summary)
         written.append(tables.write_csv(task_rows, results_dir / "tables" / f"{task}.csv"))
         written.append(tables.write_csv(summary, results_dir / "tables" / f"{task}-summary.csv"))
+        for name, table in _own_summaries(str(task), task_rows).items():
+            written.append(tables.write_csv(table, results_dir / "tables" / f"{task}-{name}.csv"))
         for model, model_rows in task_rows.groupby("model"):
-            written += _pictures(model_rows, results_dir / "plots" / str(task) / str(model))
+            written += _pictures(
+                model_rows, results_dir / "plots" / str(task) / file_name(str(model))
+            )
     return written
+
+
+def _own_summaries(task: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What the task itself makes of its rows."""
+    if task not in choices("task"):
+        return {}
+    module_name, _, class_name = load_choice("task", task)["_target_"].rpartition(".")
+    return getattr(import_module(module_name), class_name).summaries(rows)
 
 
 def _pictures(rows: pd.DataFrame, folder: Path) -> Iterator[Path]:
@@ -32,5 +46,5 @@ def _pictures(rows: pd.DataFrame, folder: Path) -> Iterator[Path]:
         return
     yield plots.needle_overview(rows, folder / "overview.png")
     for (policy, budget), cell_rows in rows.groupby(["policy", "budget"]):
-        name = re.sub(r"[^A-Za-z0-9.=%-]+", "_", f"{policy}-{budget}")
+        name = file_name(f"{policy}-{budget}")
         yield plots.needle_heatmap(cell_rows, folder / f"{name}.png")

@@ -6,23 +6,24 @@ again finds what is there already.
 """
 
 import datetime
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from kvarena.harness.errors import UsageError
-from kvarena.harness.files import replacing
+from kvarena.harness.files import file_name, replacing
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("kvarena", "torch", "transformers", "tokenizers", "hydra-core", "numpy", "flash-attn")
@@ -40,8 +41,7 @@ class CellFolder:
         self.identity = dict(identity)
         self.run_id = hashlib.sha256(canonical.encode()).hexdigest()[:12]
         task, model, policy, budget = (
-            re.sub(r"[^A-Za-z0-9.=%-]+", "_", str(identity[key]["name"])).lstrip(".") or "_"
-            for key in ("task", "model", "policy", "budget")
+            file_name(str(identity[key]["name"])) for key in ("task", "model", "policy", "budget")
         )
         self.path = results_dir / "runs" / task / model / f"{policy}-{budget}-{self.run_id[:8]}"
         self.rows_path = self.path / "samples.jsonl"
@@ -58,6 +58,17 @@ class CellFolder:
         text = json.dumps({**manifest, **_provenance()}, indent=2, default=str)
         with replacing(manifest_path) as path:
             path.write_text(text + "\n")
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Two processes must not write the same cell. Raises UsageError if another one does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a") as stream:  # a lock ends with its process
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another process is writing {self.path}; wait for it") from None
+            yield
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far. A torn last line (a kill while writing) is cut off with a warning.

@@ -129,6 +129,8 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
     """
     prepared = []
     for argument in arguments:
+        if argument.startswith("~"):
+            raise UsageError(f"{argument}: settings can be changed but not removed")
         if argument.startswith("-") or "=" not in argument:
             prepared.append(argument)
             continue
@@ -148,7 +150,8 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
             for value in _values(override):
                 parse_budget(value)
         prepared.append(argument)
-    return prepared
+    # argparse takes overrides in one block only: `kvarena budget=64 -m policy=a,b` would fail.
+    return sorted(prepared, key=lambda argument: "=" in argument and not argument.startswith("-"))
 
 
 def _check_key(override: Override) -> None:
@@ -182,7 +185,9 @@ def _values(override: Override) -> list[str]:
 
 
 def _is_location(value: Any) -> bool:  # Any: whatever Hydra's parser read
-    return isinstance(value, str) and ("/" in value or Path(value).is_dir())
+    if not isinstance(value, str) or value in choices("model"):
+        return False
+    return "/" in value or Path(value).is_dir()
 
 
 def _is_usage_error(error: Exception) -> bool:

@@ -3,12 +3,17 @@
 To add one: a file here with a ``Task`` subclass, and ``conf/task/<file name>.yaml``.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Tokenizer(Protocol):
@@ -42,14 +47,27 @@ class Task(ABC):
 
     name: ClassVar[str]
     version: ClassVar[str]
+    # True: the answer is given, and the harness measures how the model would have answered.
+    is_teacher_forced: ClassVar[bool] = False
 
     @abstractmethod
-    def samples(self, tokenizer: Tokenizer, seed: int) -> list[Sample]:
-        """All samples, in a fixed order; the same arguments give the same samples."""
+    def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
+        """The samples in a fixed order; the same arguments give the same samples.
+
+        limit: only the first so many (of each part, where a task has parts).
+        """
 
     @abstractmethod
-    def score(self, sample: Sample, text: str) -> dict[str, float]:
-        """Metrics of one answer, each 0 to 1. ``score`` is the headline one and must be present."""
+    def score(self, sample: Sample, text: str, *, finished: bool = True) -> dict[str, float]:
+        """Metrics of one answer, each 0 to 1. ``score`` is the headline one and must be present.
+
+        finished: the model ended the answer itself; False if the token limit cut it off.
+        """
+
+    @classmethod
+    def summaries(cls, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        """The benchmark's own tables of stored rows, by name; none unless a task has some."""
+        return {}
 
 
 def content_id(*parts: object) -> str:

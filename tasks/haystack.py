@@ -9,6 +9,7 @@ import re
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from kvarena.tasks.base import Tokenizer
@@ -52,10 +53,17 @@ class Stretch:
 
         The needle stands at the sentence boundary nearest to that share of the tokens.
         """
-        wanted = self.end_tokens(num_sentences) * depth / 100
-        cut = min(range(num_sentences + 1), key=lambda n: abs(self.ends[n] - wanted))
-        before = "".join(self._sentence(n) + " " for n in range(cut))
-        return before, "".join(" " + self._sentence(n) for n in range(cut, num_sentences))
+        before, after = self.split(num_sentences, [depth])
+        return before, after
+
+    def split(self, num_sentences: int, depths: Sequence[float]) -> list[str]:
+        """As ``around`` for needles at ascending ``depths``: texts before, between and after."""
+        cuts = [self._boundary(num_sentences, depth) for depth in depths]
+        texts: list[str] = []
+        for start, stop in pairwise([0, *cuts, num_sentences]):
+            text = "".join(self._sentence(n) + " " for n in range(start, stop))
+            texts.append(" " + text if texts else text)
+        return [*texts[:-1], texts[-1][:-1]]  # the last ends without a space
 
     def most_sentences(self, render: Callable[[int], list[int]], length: int) -> int:
         """The largest number of sentences with ``len(render(number)) <= length``, at least 0."""
@@ -73,6 +81,11 @@ class Stretch:
                 self.end_tokens(len(self.ends))
             tried = min(max(bisect_right(self.ends, wanted) - 1, fits + 1), too_many - 1)
         return fits
+
+    def _boundary(self, num_sentences: int, depth: float) -> int:
+        """How many of the sentences come before the boundary nearest to ``depth`` percent."""
+        wanted = self.end_tokens(num_sentences) * depth / 100
+        return min(range(num_sentences + 1), key=lambda n: abs(self.ends[n] - wanted))
 
     def _sentence(self, number: int) -> str:
         return self.sentences[(self.first + number) % len(self.sentences)]

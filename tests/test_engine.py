@@ -302,3 +302,15 @@ def test_a_forced_answer_is_fed_whatever_the_model_thinks() -> None:
     assert generation.token_ids == answer
     with pytest.raises(UsageError, match="either max_new_tokens or forced"):
         engine.generate([toy_prompt(5)])
+
+
+def test_a_model_with_layers_that_are_not_attention_is_refused() -> None:
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.config.max_position_embeddings = 2048
+    with pytest.raises(UsageError, match=r"model type mamba is not supported: its layers \[0, 1\]"):
+        list(
+            Engine(model, KeyDiff(), budget_tokens=32).generate([toy_prompt(50)], max_new_tokens=4)
+        )

@@ -10,7 +10,7 @@ import yaml
 
 from kvarena.tasks.base import Sample
 from kvarena.tasks.haystack import load_sentences, split_sentences
-from kvarena.tasks.needle import Needle
+from kvarena.tasks.needle import Needle, spread_depths
 
 ANSWER = Sample(id="a", prompt_token_ids=(1,), references=("1234567",), max_new_tokens=32)
 
@@ -123,6 +123,140 @@ def test_the_question_is_all_that_follows_the_haystack(folder, template):
         assert question.startswith(f"\n\n{asked}Answer with the number only.")
 
 
+def test_the_prompt_with_one_needle_is_what_it_was_before_there_could_be_more(folder):
+    _, found = samples(folder, lengths=[300], depths=[50], template="any")
+    assert found[0].id == "152e57e23b8e3af2"
+    assert not {"num_needles", "keys"} & set(found[0].meta)
+
+
+MANY = [(2, 1), (3, 1), (3, 2), (3, 3), (4, 2), (12, 5)]
+
+
+@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize(("num_needles", "num_asked"), MANY)
+def test_several_needles_stand_where_meta_says(folder, num_needles, num_asked, template):
+    options = {"num_needles": num_needles, "num_asked": num_asked, "num_seeds": 2}
+    tokenizer, found = samples(folder, lengths=[400, 900], template=template, **options)
+    for sample in found:
+        meta = sample.meta
+        words = [tokenizer.words[i].strip() for i in sample.prompt_token_ids]
+        first, question = words.index("it.") + 1, words.index("What")
+        assert (meta["num_needles"], meta["num_asked"]) == (num_needles, num_asked)
+        assert (meta["key"], meta["depth_percent"], meta["needle_token_index"]) == (
+            meta["keys"][0],
+            meta["depth_percents"][0],
+            meta["needle_token_indices"][0],
+        )
+        haystack = question - first - 8 * num_needles
+        wanted = spread_depths(meta["depth_target"], num_needles, num_asked)
+        places = zip(meta["keys"], meta["needle_token_indices"], strict=True)
+        numbers = []
+        for (key, at), depth, target in zip(places, meta["depth_percents"], wanted, strict=True):
+            assert " ".join(words[at : at + 7]) == f"The special magic number for {key} is:"
+            numbers.append(words[at + 7].removesuffix("."))
+            earlier = sum(other < at for other in meta["needle_token_indices"])
+            assert depth == pytest.approx(100 * (at - first - 8 * earlier) / haystack)
+            assert abs(depth - target) <= 100 * 4 / haystack + 1e-9  # half a sentence
+        assert sample.references == tuple(numbers[:num_asked])
+        assert len(set(numbers)) == len(set(meta["keys"])) == num_needles
+        assert " ".join(words).count("The special magic number for") == num_needles
+
+
+@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize(("num_needles", "num_asked"), MANY)
+def test_prompts_with_several_needles_are_as_long_as_allowed(
+    folder, num_needles, num_asked, template
+):
+    options = {"num_needles": num_needles, "num_asked": num_asked}
+    _, found = samples(folder, lengths=[301, 2000], template=template, **options)
+    for sample in found:
+        length = sample.meta["length_target"]
+        assert length - 8 < len(sample.prompt_token_ids) <= length
+        assert sample.max_new_tokens == 32 * num_asked
+
+
+def test_depths_are_spread_evenly_from_the_first_and_go_round():
+    assert spread_depths(50, 1, 1) == [50]
+    assert spread_depths(25, 2, 1) == [25, 75]
+    assert spread_depths(50, 4, 1) == [50, 75, 0, 25]
+    assert spread_depths(100, 4, 1) == [100, 25, 50, 75]
+    # Those asked for come first in the list and are spread as well.
+    assert spread_depths(0, 4, 2) == [0, 50, 25, 75]
+    assert spread_depths(10, 5, 3) == [10, 30, 70, 50, 90]
+
+
+@pytest.mark.parametrize("num_needles", [2, 7, 100])
+@pytest.mark.parametrize("depth", [0, 12.5, 50, 99, 100])
+def test_no_two_needles_are_sent_to_one_depth(num_needles, depth):
+    for num_asked in range(1, num_needles + 1):
+        places = spread_depths(depth, num_needles, num_asked)
+        assert places[0] == depth
+        assert len({round(place, 6) for place in places}) == num_needles
+        assert all(0 <= place <= 100 for place in places)
+
+
+def test_more_needles_leave_the_first_and_the_start_of_the_text_alone(folder):
+    (_, one), (_, three) = (samples(folder, lengths=[400], num_needles=n) for n in (1, 3))
+    for alone, among in zip(one, three, strict=True):
+        assert alone.id != among.id
+        assert alone.meta["key"] == among.meta["key"]
+        assert alone.references == among.references
+
+
+@pytest.mark.parametrize("template", [None, "any"])
+def test_the_question_names_the_keys_asked_for_and_no_other(folder, template):
+    one, more = (
+        "What is the special magic number for {}",
+        ", and what is the special magic number for",
+    )
+    asked = {
+        1: one + "? Answer with the number only.",
+        2: one + more + " {}? Answer with the numbers only.",
+        3: one + more + " {}" + more + " {}? Answer with the numbers only.",
+    }
+    for num_asked, question in asked.items():
+        options = {"num_needles": 4, "num_asked": num_asked}
+        tokenizer, found = samples(folder, lengths=[400], template=template, **options)
+        for sample in found:
+            tail = tokenizer.decode(sample.prompt_token_ids[-sample.question_tokens :])
+            assert tail.startswith("\n\n" + question.format(*sample.meta["keys"]))
+
+
+def test_the_same_needles_with_another_question_are_another_sample(folder):
+    ids = {samples(folder, lengths=[400], num_needles=3, num_asked=k)[1][0].id for k in (1, 2, 3)}
+    assert len(ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("1234567 and 2345678", 1.0),
+        ("2345678, 1234567", 1.0),
+        ("1,234,567, 2,345,678", 1.0),
+        ("1 234 567\n2 345 678", 1.0),
+        ("1. 1234567\n2. 2345678\n3. 7654321", 1.0),
+        ("1234567", 0.5),
+        ("1234567 1234567", 0.5),
+        ("1234567 23456789", 0.5),
+        ("12345672345678", 0.0),
+        ("7654321", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_several_answers_score_the_share_that_is_found(text, score):
+    sample = Sample(
+        id="a", prompt_token_ids=(1,), references=("1234567", "2345678"), max_new_tokens=64
+    )
+    task = Needle(num_needles=3, num_asked=2)
+    assert task.score(sample, text) == {"score": score, "all_found": float(score == 1)}
+
+
+def test_one_answer_among_several_needles_is_found_or_not():
+    task = Needle(num_needles=3)
+    assert task.score(ANSWER, "It is 1234567.") == {"score": 1.0, "all_found": 1.0}
+    assert task.score(ANSWER, "It is 7654321.") == {"score": 0.0, "all_found": 0.0}
+
+
 def test_meta_names_the_cell(folder):
     _, found = samples(folder, lengths=[300], depths=[50], num_seeds=2)
     assert found[1].meta.items() >= {
@@ -190,6 +324,11 @@ class CostlyStart(WordTokenizer):
         return super().encode("~ ~ ~" + text if text.startswith(" ") else text)
 
 
+def test_a_length_without_room_for_all_needles_is_refused(folder):
+    with pytest.raises(ValueError, match=r"length 100 is too small: these 12 needles take \d+ tok"):
+        samples(folder, lengths=[100], num_needles=12)
+
+
 def test_the_length_is_found_in_few_renderings_with_a_misleading_tokenizer(folder):
     tokenizer = CostlyStart()
     task = Needle(lengths=[5000], depths=[50], haystack=str(folder))
@@ -213,6 +352,12 @@ def test_the_length_is_found_in_few_renderings_with_a_misleading_tokenizer(folde
         ({"depths": ["50"]}, "'50'"),
         ({"depths": [[50]]}, "50"),
         ({"depths": [True]}, "True"),
+        ({"num_needles": 0}, "0"),
+        ({"num_needles": 101}, "from 1 to 100, got 101"),
+        ({"num_needles": True}, "True"),
+        ({"num_asked": 2}, "from 1 to 1, got 2"),
+        ({"num_asked": 4, "num_needles": 3}, "from 1 to 3, got 4"),
+        ({"num_asked": 0, "num_needles": 3}, "0"),
         ({"num_seeds": 0}, "0"),
         ({"num_seeds": 1.0}, "1.0"),
         ({"max_new_tokens": 0}, "0"),

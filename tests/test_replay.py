@@ -27,7 +27,9 @@ def generate(
     )
     prompts = [toy_prompt(length, seed=length) for length in PROMPT_LENGTHS]
     generations = list(
-        engine.generate(prompts, max_new_tokens=NEW_TOKENS, record_history=True, record_logits="all")
+        engine.generate(
+            prompts, max_new_tokens=NEW_TOKENS, record_history=True, record_logits="all"
+        )
     )
     return engine, prompts, generations
 

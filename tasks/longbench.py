@@ -1,0 +1,146 @@
+"""LongBench: 21 tasks on long texts in English, Chinese and code, and LongBench-E, by the book.
+
+"LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding",
+https://arxiv.org/abs/2308.14508. Prompts follow ``LongBench/pred.py`` of
+https://github.com/THUDM/LongBench at 2e00731: a template is filled in, a prompt that is too long
+loses its middle as text, and then comes the chat template, except for six tasks. Templates and
+generation lengths are read from where the rows are.
+
+Differs from the paper: nothing in the prompts; longbench_metrics.py names two things in the scores.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from kvarena.tasks.base import (
+    Sample,
+    Task,
+    Tokenizer,
+    content_id,
+    count_question_tokens,
+    render_prompt,
+)
+from kvarena.tasks.benchmark_data import Row
+from kvarena.tasks.longbench_averages import macro_averages
+from kvarena.tasks.longbench_data import TaskData, load_tasks
+from kvarena.tasks.longbench_metrics import (
+    CODE_SIMILARITIES,
+    NEEDS_JIEBA,
+    all_scores,
+    chinese_segmenter,
+    score_prediction,
+)
+from kvarena.tasks.longbench_names import base_task, chosen_tasks
+
+__all__ = ["LongBench", "score_prediction"]
+
+NO_CHAT = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
+
+
+@dataclass(kw_only=True)
+class LongBench(Task):
+    """Rows of some tasks. ValueError on a bad option.
+
+    tasks: names, or all, en_code16 or e; data: hub, sample, or a folder or zip.
+    """
+
+    name: ClassVar[str] = "longbench"
+    version: ClassVar[str] = "1"
+
+    tasks: tuple[str, ...] | str = "all"
+    max_length: int = 3500  # tokens of a prompt without its chat template
+    data: str = "hub"
+    code_similarity: str = "rapidfuzz"
+
+    def __post_init__(self) -> None:
+        self.tasks = chosen_tasks(self.tasks)
+        self.data = str(self.data)
+        if type(self.max_length) is not int or self.max_length < 2:
+            raise ValueError(f"max_length must be an int from 2 on, got {self.max_length!r}")
+        if self.code_similarity not in CODE_SIMILARITIES:
+            allowed = " or ".join(CODE_SIMILARITIES)
+            raise ValueError(f"code_similarity must be {allowed}, got {self.code_similarity!r}")
+
+    def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
+        """Task by task, the first ``limit`` rows of each; there is no chance in them.
+
+        Raises ValueError for data that is missing or wrong, and when a chosen task is scored by
+        Chinese words and jieba is not installed.
+        """
+        if any(base_task(task) in NEEDS_JIEBA for task in self.tasks):
+            chinese_segmenter()
+        return [
+            self._sample(tokenizer, data, row)
+            for data in load_tasks(self.data, self.tasks)
+            for row in data.rows[:limit]
+        ]
+
+    @classmethod
+    def summaries(cls, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        return {"averages": macro_averages(rows)}
+
+    def score(self, sample: Sample, text: str, *, finished: bool = True) -> dict[str, float]:
+        """The official score; with ROUGE-L also whether the official code would have failed."""
+        return all_scores(
+            sample.meta["dataset"],
+            text,
+            sample.references,
+            sample.meta.get("all_classes"),
+            self.code_similarity,
+        )
+
+    def _sample(self, tokenizer: Tokenizer, data: TaskData, row: Row) -> Sample:
+        task = base_task(data.task)
+        prompt, context_end = data.render(row)
+        text, text_context_end, num_tokens = cut_middle(
+            tokenizer, prompt, context_end, self.max_length
+        )
+        chat = task not in NO_CHAT
+        meta: dict[str, Any] = {  # Any: JSON values
+            "dataset": data.task,
+            "language": row["language"],
+            "length": row["length"],
+            "row_id": row["_id"],
+            "truncated": num_tokens > self.max_length,
+            "prompt_tokens_before_truncation": num_tokens,
+            "max_length": self.max_length,
+            "data": data.source,
+            "data_sha256": data.sha256[:16],
+            "settings_sha256": data.settings_sha256[:16],
+            "is_sample": data.source == "sample",
+            "code_similarity": self.code_similarity,
+        }
+        if row["all_classes"] is not None:
+            meta["all_classes"] = row["all_classes"]  # with it a row can be scored again
+        answers = tuple(row["answers"])
+        return Sample(
+            id=content_id(self.name, self.version, data.task, row["_id"], prompt, answers),
+            prompt_token_ids=tuple(render_prompt(tokenizer, text, chat=chat)),
+            references=answers,
+            max_new_tokens=data.max_new_tokens,
+            question_tokens=count_question_tokens(tokenizer, text, text_context_end, chat=chat),
+            stop_newline=task == "samsum",
+            meta=meta,
+        )
+
+
+def cut_middle(
+    tokenizer: Tokenizer, prompt: str, context_end: int, max_length: int
+) -> tuple[str, int, int]:
+    """The prompt without its middle, where its context ends, and its tokens before the cut.
+
+    A prompt of more than ``max_length`` tokens, special ones included, keeps the first and the last
+    half of that many, decoded apart and joined as text. context_end: index of a character.
+    """
+    token_ids = tokenizer.encode(prompt)
+    if len(token_ids) <= max_length:
+        return prompt, context_end, len(token_ids)
+    half = int(max_length / 2)
+    head = tokenizer.decode(token_ids[:half], skip_special_tokens=True)
+    tail = tokenizer.decode(token_ids[-half:], skip_special_tokens=True)
+    num_after = len(prompt) - context_end
+    # The end of the context is in the tail, or the cut took it, or the head has all of the context.
+    end = len(head + tail) - num_after if num_after <= len(tail) else min(context_end, len(head))
+    return head + tail, end, len(token_ids)

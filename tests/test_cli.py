@@ -1,0 +1,543 @@
+"""The command ``kvarena``: bad input is one line and exit code 2, good input is rows, once."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+
+from kvarena.harness import cell, models, report, run
+from kvarena.harness.config import RunConfig
+from kvarena.harness.registry import choices
+from kvarena.harness.results import CellFolder
+from toy_folder import CONTEXT_TOKENS, toy_overrides
+
+COLUMNS = [
+    "task",
+    "model",
+    "policy",
+    "budget",
+    "sample_id",
+    "status",
+    "score",
+    "prediction",
+    "prompt_tokens",
+    "generated_tokens",
+    "kv_bytes_kept",
+    "kv_bytes_peak",
+    "ttft_sec",
+    "decode_tokens_per_sec",
+]
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return toy_overrides(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def kvarena(
+    overrides: list[str],
+    results: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Command:
+    """The command in this process, on the toy model: a process of its own takes seconds."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the command sets it; this takes it back
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Outcome:
+        flags = [argument for argument in arguments if argument.startswith("-")]
+        rest = [argument for argument in arguments if not argument.startswith("-")]
+        argv = ["kvarena", *flags, *overrides, f"results_dir={results}", *rest]
+        monkeypatch.setattr(sys, "argv", argv)
+        GlobalHydra.instance().clear()
+        cell._load_once.cache_clear()
+        capsys.readouterr()
+        code = 0
+        try:
+            run.main()
+        except SystemExit as stop:
+            code = stop.code
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the models loaded so far."""
+    load, names = models.load_weights, []
+
+    def spy(spec: models.ModelSpec, **options: str) -> object:
+        names.append(spec.name)
+        return load(spec, **options)
+
+    monkeypatch.setattr(models, "load_weights", spy)
+    return names
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a run's second goes into tables and pictures."""
+    monkeypatch.setattr(report, "report", lambda paths, results_dir: [])
+
+
+def rows_of(results: Path) -> dict[str, list[dict]]:
+    """Folder name without its hash -> rows."""
+    found = sorted(results.glob("runs/**/samples.jsonl"))
+    names = [path.parent.name.rpartition("-")[0] for path in found]
+    assert len(set(names)) == len(names)
+    return {
+        name: [json.loads(line) for line in path.read_text().splitlines()]
+        for name, path in zip(names, found, strict=True)
+    }
+
+
+def num_cells(results: Path) -> int:
+    return len(list(results.glob("runs/**/samples.jsonl")))
+
+
+def ids(rows: list[dict]) -> list[str]:
+    return sorted(row["sample_id"] for row in rows)
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            "policy=keydif",
+            "unknown policy 'keydif'. Did you mean keydiff? Available: full, h2o, key",
+        ),
+        ("task=neadle", "unknown task 'neadle'. Did you mean needle? Available: "),
+        ("model=smolm2", "unknown model 'smolm2'. Did you mean smollm2-135m? Available: "),
+        ("experiment=dmo", "unknown experiment 'dmo'. Did you mean demo? Available: "),
+        ("bugdet=512", "unknown setting 'bugdet'. Did you mean budget? Available: "),
+        ("+bugdet=512", "unknown setting 'bugdet'. Did you mean budget? Available: "),
+        ("budget=0", "budget=0 is not a number of tokens (512), of 1024 tokens (2k, 8k), a share"),
+        ("budget=-1", "budget=-1 is not"),
+        ("budget=8kk", "budget=8kk is not"),
+        ("budget=1.5", "budget=1.5 is not"),
+        ("budget=1e3", "budget=1000.0 is not"),
+        ("budget=nan", "budget=nan is not"),
+        ("'budget=8 k'", "budget=8 k is not"),
+        ("budget=101%", "budget=101% is not"),
+        ("budget=0%", "budget=0% is not"),
+        ("budget=null", "budget=None is not"),
+        ("budget=", "budget= is not"),
+        ("budget=[512]", "budget=[512] is not"),
+        ("budget=64,96", "--multirun"),
+        ("policy=snapkv budget=32", "32 tokens leaves nothing to choose: 32 tokens are protected"),
+        ("policy.sinks=4 policy.recent=60", "64 tokens leaves nothing to choose: 64 tokens are"),
+        ("task.lengths=[1100]", f"over the model's context of {CONTEXT_TOKENS}; use shorter"),
+        ("task.max_new_tokens=900", f"over the model's context of {CONTEXT_TOKENS}; use shorter"),
+        ("task.lengths=[64]", "length 64 is too small"),
+        ("task.lengths=abc", "lengths must be a list of different int values"),
+        ("task.haystack=/nowhere", "haystack '/nowhere' is not a folder"),
+        ("task.length=[1000]", "Could not override 'task.length'"),
+        ("attention=flash", "attention=flash"),
+        ("attention=falsh", "unknown attention 'falsh'. Did you mean flash? Available: sdpa, "),
+        ("device=gpu", "device='gpu' is not a torch device; use cpu, cuda or cuda:N"),
+        ("dtype=f8", "unknown dtype 'f8'. Available: float32, bfloat16, float16, auto"),
+        ("limit=0", "limit must be >= 1, got 0"),
+        ("limit=many", "Value 'many' of type 'str' could not be converted to Integer"),
+        ("slots=0", "slots must be >= 1, got 0"),
+        ("chunk=0", "chunk must be >= 1, got 0"),
+        ("seed=x", "Value 'x' of type 'str' could not be converted to Integer"),
+        ("sampling.temperature=-1", "sampling: temperature must be >= 0"),
+        ("sampling.heat=1", "Key 'heat' not in 'SamplingConfig'"),
+        ("policy.anchr=raw", "Could not override 'policy.anchr'"),
+        ("+policy.anchr=raw", "unexpected keyword argument 'anchr'"),
+        (
+            "policy.anchor=mean",
+            "anchor must be one of raw, normalised, median, pairwise, got 'mean'",
+        ),
+        ("policy.sinks=four", "sinks must be int, got 'four'"),
+        ("policy.sinks=1.5", "sinks must be int, got 1.5"),
+        ("policy.sinks=null", "sinks must be int, got None"),
+        ("policy=h2o policy.per_query=1", "per_query must be bool, got 1"),
+        ("task._target_=os.system", "_target_ must name a class in kvarena, got 'os.system'"),
+        ("~policy", "~policy: settings can be changed but not removed"),
+        ("~budget", "~budget: settings can be changed but not removed"),
+        ("model=custom model.source=null", "model toy names no source; give a hub id"),
+        ("device=meta", "device='meta' has not been tried with kvarena; use cpu or cuda"),
+        ("sampling.temperature=nan", "temperature must be >= 0 and finite, got nan"),
+        ("keydiff", "missing EQUAL"),
+        ("-m policy=keydiff,typo", "unknown policy 'typo'"),
+        ("-m policy=glob(z*)", "policy: no match for ['z*']. Available: full"),
+        ("-m budget=64,8kk", "budget=8kk is not"),
+        ("-m experiment=demo,dmo", "unknown experiment 'dmo'"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2_before_a_model_loads(
+    arguments: str, expected: str, kvarena: Command, results: Path, loads: list[str]
+) -> None:
+    outcome = kvarena(*shlex.split(arguments))
+    assert outcome.err.startswith("error: ")
+    assert expected in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert loads == []
+    assert num_cells(results) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_cuda_device_is_one_line(kvarena: Command, loads: list[str]) -> None:
+    outcome = kvarena("device=cuda")
+    assert outcome.code == 2
+    assert outcome.err == (
+        "error: device=cuda asked for, but torch sees no CUDA device; use device=cpu\n"
+    )
+    assert loads == []
+
+
+@pytest.mark.parametrize("location", ["/nowhere/toy", "nobody/nothing-of-this-name"])
+def test_a_model_that_is_nowhere_is_one_line(location: str, kvarena: Command) -> None:
+    outcome = kvarena(f"model={location}")
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: model {Path(location).name}: cannot load '{location}' (")
+    assert outcome.err.count("\n") == 1
+    assert "give a folder that holds it" in outcome.err
+
+
+def test_a_folder_without_weights_is_one_line(
+    kvarena: Command, overrides: list[str], tmp_path: Path
+) -> None:
+    model = Path(overrides[0].removeprefix("model="))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in model.iterdir():
+        if path.suffix != ".safetensors":
+            (copy / path.name).write_bytes(path.read_bytes())
+    outcome = kvarena(f"model={copy}")
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: model copy: cannot load '{copy}' (")
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_typo_is_told_without_waiting_for_torch() -> None:
+    code = (
+        "import sys\n"
+        "from kvarena.harness.run import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "sys.exit(3 if 'torch' in sys.modules else code)"
+    )
+    typo = subprocess.run(
+        [sys.executable, "-c", code, "policy=keydif"], capture_output=True, text=True, check=False
+    )
+    assert typo.returncode == 2
+    assert typo.stderr.startswith("error: unknown policy 'keydif'")
+
+
+# ---- good input ----
+
+
+def test_a_run_writes_rows_a_manifest_tables_and_pictures(
+    kvarena: Command, results: Path, overrides: list[str]
+) -> None:
+    outcome = kvarena()
+    assert outcome.code == 0
+    ((name, rows),) = rows_of(results).items()
+    assert name == "keydiff-64"
+    assert len(rows) == 2
+    for row in rows:
+        assert set(COLUMNS) <= set(row)
+        assert (row["task"], row["model"], row["policy"], row["budget"], row["status"]) == (
+            "needle",
+            "toy",
+            "keydiff",
+            "64",
+            "ok",
+        )
+        assert row["score"] == 0
+        assert 300 < row["prompt_tokens"] <= 400
+        assert 1 <= row["generated_tokens"] <= 6
+        assert 0 < row["kv_bytes_kept"] < row["kv_bytes_peak"]
+        assert row["ttft_sec"] > 0
+    assert sorted(row["meta_depth_target"] for row in rows) == [0, 100]
+    (manifest_path,) = results.glob("runs/needle/toy/keydiff-64-*/manifest.json")
+    manifest = json.loads(manifest_path.read_text())
+    assert {row["run_id"] for row in rows} == {manifest["run_id"]}
+    assert manifest["config"]["model"]["source"] == overrides[0].removeprefix("model=")
+    assert manifest["config"]["budget"] == 64
+    assert manifest["packages"]["torch"] == torch.__version__
+    assert manifest["identity"]["dtype"] == "float32"
+    table = pd.read_csv(results / "tables" / "needle.csv", dtype={"budget": str})
+    assert sorted(table["sample_id"]) == ids(rows)
+    assert set(COLUMNS) <= set(table.columns)
+    summary = pd.read_csv(results / "tables" / "needle-summary.csv")
+    assert summary["num_ok"].tolist() == [2]
+    for picture in ("overview.png", "keydiff-64.png"):
+        data = (results / "plots" / "needle" / "toy" / picture).read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert picture in outcome.out
+
+
+def test_the_same_command_again_loads_no_model_and_adds_no_row(
+    kvarena: Command, results: Path, loads: list[str]
+) -> None:
+    first = kvarena()
+    assert loads == ["toy"]
+    before = {path: path.read_bytes() for path in results.glob("runs/**/*.json*")}
+    assert len(before) == 2
+    second = kvarena()
+    assert (first.code, second.code) == (0, 0)
+    assert loads == ["toy"]
+    assert "all 2 samples are there already" in second.out
+    assert "needle.csv" in second.out
+    assert {path: path.read_bytes() for path in results.glob("runs/**/*.json*")} == before
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_without_a_limit_the_rest_is_done_and_nothing_twice(
+    kvarena: Command, results: Path
+) -> None:
+    kvarena("limit=1")
+    (limited,) = rows_of(results).values()
+    assert len(limited) == 1
+    kvarena()
+    (complete,) = rows_of(results).values()
+    assert complete[0] == limited[0]
+    assert len(set(ids(complete))) == len(complete) == 2
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_that_was_stopped_goes_on_where_it_stopped(
+    kvarena: Command, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, written = CellFolder.append, []
+
+    def stop_after_one(folder: CellFolder, row: dict) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(row["sample_id"])
+        append(folder, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CellFolder, "append", stop_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            kvarena()
+    assert kvarena().code == 0
+    (rows,) = rows_of(results).values()
+    assert rows[0]["sample_id"] == written[0]
+    assert len(set(ids(rows))) == len(rows) == 2
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_torn_row_runs_again_and_says_the_same(kvarena: Command, results: Path) -> None:
+    kvarena()
+    (path,) = results.glob("runs/**/samples.jsonl")
+    (before,) = rows_of(results).values()
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match="torn last line"):
+        assert kvarena().code == 0
+    (after,) = rows_of(results).values()
+    for old, new in zip(before, after, strict=True):
+        assert [old[name] for name in COLUMNS[:10]] == [new[name] for name in COLUMNS[:10]]
+
+
+def test_a_damaged_row_is_named_with_its_line(kvarena: Command, results: Path) -> None:
+    kvarena()
+    (path,) = results.glob("runs/**/samples.jsonl")
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first[:40] + b"\n" + b"".join(rest))
+    outcome = kvarena()
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {path} line 1 is damaged")
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_sweep_runs_every_combination_and_loads_the_model_once(
+    kvarena: Command, results: Path, loads: list[str]
+) -> None:
+    assert kvarena("-m", "policy=keydiff,snapkv", "budget=64,25%").code == 0
+    found = rows_of(results)
+    assert set(found) == {"keydiff-64", "keydiff-25%", "snapkv-64", "snapkv-25%"}
+    assert len({tuple(ids(rows)) for rows in found.values()}) == 1
+    for name, rows in found.items():
+        for row in rows:
+            assert f"{row['policy']}-{row['budget']}" == name
+            share = -(-row["prompt_tokens"] // 4)
+            assert row["budget_tokens"] == (64 if row["budget"] == "64" else share)
+    assert loads == ["toy"]
+    assert len(pd.read_csv(results / "tables" / "needle.csv")) == 8
+    assert len(pd.read_csv(results / "tables" / "needle-summary.csv")) == 4
+    pictures = {path.stem for path in (results / "plots" / "needle" / "toy").glob("*.png")}
+    assert pictures == {"overview", *found}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_flags_may_stand_among_the_overrides(
+    kvarena: Command, overrides: list[str], results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kvarena("--version")  # puts everything in place for the call below
+    argv = [*overrides, f"results_dir={results}", "limit=1", "-m", "budget=64,96", "seed=1"]
+    monkeypatch.setattr(sys, "argv", ["kvarena", *argv])
+    run.main()
+    assert set(rows_of(results)) == {"keydiff-64", "keydiff-96"}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_every_spelling_of_a_budget_runs(kvarena: Command, results: Path) -> None:
+    assert kvarena("-m", "budget=512,2k,8K,25%,full", "limit=1").code == 0
+    tokens = {name: row["budget_tokens"] for name, (row,) in rows_of(results).items()}
+    (share,) = {-(-row["prompt_tokens"] // 4) for (row,) in rows_of(results).values()}
+    assert tokens == {
+        "keydiff-512": 512,
+        "keydiff-2k": 2048,
+        "keydiff-8k": 8192,
+        "keydiff-25%": share,
+        "keydiff-full": None,
+    }
+
+
+def test_the_full_cache_under_two_budgets_is_one_cell(kvarena: Command, results: Path) -> None:
+    outcome = kvarena("-m", "policy=full", "budget=64,96")
+    assert outcome.code == 0
+    ((name, rows),) = rows_of(results).items()
+    assert (name, len(rows)) == ("full-full", 2)
+    assert len(pd.read_csv(results / "tables" / "needle.csv")) == 2
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_glob_sweeps_every_policy(kvarena: Command, results: Path) -> None:
+    assert kvarena("-m", "policy=glob(*)", "limit=1").code == 0
+    policies = {row["policy"] for rows in rows_of(results).values() for row in rows}
+    assert policies == set(choices("policy"))
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "policy.anchor=median",
+        "seed=1",
+        "dtype=bfloat16",
+        "budget=65",
+        "chunk=64",
+        "attention=reference",
+        "sampling.temperature=1",
+        "task.max_new_tokens=5",
+    ],
+)
+def test_a_setting_that_could_change_answers_gets_a_folder_of_its_own(
+    setting: str, kvarena: Command, results: Path
+) -> None:
+    kvarena("limit=1")
+    assert kvarena("limit=1", setting).code == 0
+    assert num_cells(results) == 2
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_model_folder_is_one_model_from_wherever_it_is_named(
+    kvarena: Command, results: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kvarena("limit=1")
+    folder = Path(overrides[0].removeprefix("model="))
+    monkeypatch.chdir(folder)
+    for location in (".", f"../{folder.name}", f"{folder}/"):
+        assert kvarena("limit=1", f"model={location}").code == 0
+    (rows,) = rows_of(results).values()
+    assert [row["model"] for row in rows] == ["toy"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_slots_share_a_folder(kvarena: Command, results: Path) -> None:
+    kvarena("slots=1", "limit=1")
+    assert kvarena("slots=2").code == 0
+    (rows,) = rows_of(results).values()
+    assert [row["slots"] for row in rows] == [1, 2]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_changed_options_are_in_the_label(kvarena: Command, results: Path) -> None:
+    assert kvarena("policy.anchor=median", "policy.sinks=2", "limit=1").code == 0
+    ((row,),) = rows_of(results).values()
+    assert row["policy"] == "keydiff(sinks=2,anchor=median)"
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_experiment_can_be_composed(name: str, kvarena: Command) -> None:
+    outcome = kvarena("--cfg=job", f"experiment={name}")
+    assert (outcome.code, outcome.err) == (0, "")
+    settings = yaml.safe_load(outcome.out)
+    assert set(settings) <= {setting.name for setting in fields(RunConfig)}
+
+
+def test_an_impossible_cell_does_not_stop_a_sweep(kvarena: Command, results: Path) -> None:
+    outcome = kvarena("-m", "policy=snapkv,keydiff", "budget=32")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: a budget of 32 tokens leaves nothing to choose")
+    assert "Error executing job" not in outcome.err
+    assert set(rows_of(results)) == {"keydiff-32"}
+    assert "needle.csv" in outcome.out
+
+
+def test_a_failure_of_ours_has_a_traceback_and_code_1(
+    kvarena: Command, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(models, "load_weights", fail)
+    outcome = kvarena()
+    assert outcome.code == 1
+    assert outcome.err.startswith("Traceback")
+    assert outcome.err.count("RuntimeError: out of luck") == 1
+    assert not (results / "tables").exists()
+
+
+def test_help_lists_the_choices_and_the_settings(kvarena: Command) -> None:
+    outcome = kvarena("--help")
+    assert outcome.code == 0
+    for text in [*choices("policy"), *choices("task"), *choices("model"), "budget: 64", "slots: 8"]:
+        assert text in outcome.out
+
+
+def test_the_installed_command_runs_from_another_folder(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    command = Path(sys.executable).with_name("kvarena")
+    start = [str(command)] if command.exists() else [sys.executable, "-m", "kvarena.harness.run"]
+    done = subprocess.run(
+        [*start, *overrides, "limit=1"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (rows,) = rows_of(tmp_path / "results").values()
+    assert len(rows) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]

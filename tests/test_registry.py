@@ -1,0 +1,254 @@
+"""A directory is the registry: files and yaml agree, and the house rules that code can check."""
+
+import ast
+import importlib
+import inspect
+import io
+import sys
+import tokenize
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+
+import pytest
+
+import kvarena.conf
+import kvarena.harness
+import kvarena.policies
+import kvarena.tasks
+from kvarena.harness.errors import UsageError
+from kvarena.harness.registry import build, choices, load_choice, main, one_of, unknown
+from kvarena.policies.base import Policy
+from kvarena.tasks.base import Task
+
+HARNESS, POLICIES, TASKS, CONF = (
+    Path(package.__path__[0])
+    for package in (kvarena.harness, kvarena.policies, kvarena.tasks, kvarena.conf)
+)
+POLICY_FILES = sorted(set(POLICIES.glob("*.py")) - {POLICIES / "base.py", POLICIES / "__init__.py"})
+CHOICES = [(group, name) for group in ("policy", "task") for name in choices(group)]
+
+
+def file_id(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def task_modules() -> list[str]:
+    """Names of the modules in ``tasks/`` that define a task."""
+    found = []
+    for path in sorted(TASKS.glob("*.py")):
+        module = importlib.import_module(f"kvarena.tasks.{path.stem}")
+        classes = [value for _, value in inspect.getmembers(module, inspect.isclass)]
+        if any(
+            issubclass(c, Task) and c.__module__ == module.__name__ and not inspect.isabstract(c)
+            for c in classes
+        ):
+            found.append(path.stem)
+    return found
+
+
+def class_of(group: str, name: str) -> type:
+    module, _, class_name = load_choice(group, name)["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), class_name)
+
+
+def default_of(option: Field) -> object:
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+    return names
+
+
+def num_code_lines(source: str) -> int:
+    """Lines with code: no blank ones, comments or docstrings."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (*layout, tokenize.ENDMARKER):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstrings)
+
+
+# ---- files and yaml agree ----
+
+
+def test_every_policy_file_has_its_yaml_and_the_other_way_round() -> None:
+    assert choices("policy") == [path.stem for path in POLICY_FILES]
+
+
+def test_every_task_file_has_its_yaml_and_the_other_way_round() -> None:
+    assert choices("task") == task_modules()
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_the_yaml_names_a_class_in_the_file_of_its_name(group: str, name: str) -> None:
+    folder, base = {"policy": ("policies", Policy), "task": ("tasks", Task)}[group]
+    target = load_choice(group, name)["_target_"]
+    assert target.rpartition(".")[0] == f"kvarena.{folder}.{name}"
+    assert issubclass(class_of(group, name), base)
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_the_yaml_has_every_option_with_the_default_of_the_class(group: str, name: str) -> None:
+    settings = load_choice(group, name)
+    del settings["_target_"]
+    options = [option for option in fields(class_of(group, name)) if option.init]
+    if not getattr(class_of(group, name), "evicts", True):
+        # What protects tokens means nothing where none is evicted.
+        options = [option for option in options if option.name not in ("sinks", "recent")]
+    assert sorted(settings) == sorted(option.name for option in options)
+    for option in options:
+        default, value = default_of(option), settings[option.name]
+        assert value == (list(default) if isinstance(default, tuple) else default), option.name
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_the_yaml_builds_what_the_bare_class_is(group: str, name: str) -> None:
+    built = build(load_choice(group, name))
+    assert type(built) is class_of(group, name)
+    assert built == class_of(group, name)()
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_option_in_a_yaml_has_a_comment(group: str, name: str) -> None:
+    for line in (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if line.partition(":")[0].isidentifier() and not line.startswith("_target_"):
+            assert " #" in line, line
+
+
+# ---- names that do not exist, classes that may not be built ----
+
+
+def test_an_unknown_name_gets_a_guess_and_the_list() -> None:
+    with pytest.raises(UsageError) as refusal:
+        load_choice("policy", "snap_kv")
+    known = ", ".join(choices("policy"))
+    expected = f"unknown policy 'snap_kv'. Did you mean snapkv? Available: {known}"
+    assert str(refusal.value) == expected
+
+
+def test_a_name_like_no_other_gets_the_list_alone() -> None:
+    assert unknown("task", "zzz", ["needle"]) == "unknown task 'zzz'. Available: needle"
+    assert one_of("task", "needle", ["needle"]) == "needle"
+
+
+@pytest.mark.parametrize("name", ["../config", "keydiff.yaml", "", "KEYDIFF"])
+def test_only_plain_names_are_looked_up(name: str) -> None:
+    with pytest.raises(UsageError, match="unknown policy"):
+        load_choice("policy", name)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "kvarena_other.module.Thing",
+        "kvarena",
+        "system",
+        "",
+        "kvarena.x",
+    ],
+)
+def test_only_classes_of_kvarena_are_built(target: str) -> None:
+    with pytest.raises(UsageError, match="_target_ must name a class in kvarena, got"):
+        build({"_target_": target})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sink": 4}, r"^KeyDiff: .*unexpected keyword argument 'sink'"),
+        ({"sinks": -1}, r"^KeyDiff: sinks must be >= 0 tokens, got -1$"),
+        ({"sinks": True}, r"^KeyDiff: sinks must be int, got True$"),
+        ({"anchor": 3}, r"^KeyDiff: anchor must be str, got 3$"),
+    ],
+)
+def test_a_refused_option_is_named_with_its_class(options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build({**load_choice("policy", "keydiff"), **options})
+
+
+def test_building_leaves_the_settings_alone() -> None:
+    settings = load_choice("policy", "keydiff")
+    build(settings)
+    assert settings == load_choice("policy", "keydiff")
+
+
+def test_the_list_shows_every_choice_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    listed = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("  ")}
+    names = [name for group in ("policy", "task", "model") for name in choices(group)]
+    assert list(listed) == names
+    assert all(listed.values())
+
+
+# ---- house rules ----
+
+
+@pytest.mark.parametrize("path", POLICY_FILES, ids=file_id)
+def test_a_policy_has_at_most_60_lines_of_code(path: Path) -> None:
+    assert num_code_lines(path.read_text(encoding="utf-8")) <= 60
+
+
+def test_lines_of_code_are_counted_without_blanks_comments_and_docstrings() -> None:
+    source = '"""Two\nlines."""\n\n# why\nx = (\n    1,  # one\n)\n\ndef f():\n    """Doc."""\n'
+    assert num_code_lines(source) == 4
+    assert num_code_lines('text = """three\n\nlines"""\n') == 3
+
+
+@pytest.mark.parametrize("path", POLICY_FILES, ids=file_id)
+def test_a_policy_imports_torch_the_standard_library_and_its_base(path: Path) -> None:
+    for name in imports_of(path):
+        top = name.partition(".")[0]
+        assert name == "kvarena.policies.base" or top == "torch" or top in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", POLICY_FILES, ids=file_id)
+def test_a_policy_names_its_paper_and_what_differs(path: Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert "https://" in text
+    assert "Differs from the paper: " in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*HARNESS.glob("*.py"), *POLICIES.glob("*.py"), *TASKS.glob("*.py")]),
+    ids=file_id,
+)
+def test_only_the_command_imports_hydra(path: Path) -> None:
+    tops = {name.partition(".")[0] for name in imports_of(path)}
+    if path != HARNESS / "run.py":
+        assert not tops & {"hydra", "omegaconf"}
+    assert not tops & {"harness", "policies", "tasks", "conf"}, "import it as kvarena.<folder>"
+
+
+@pytest.mark.parametrize("path", sorted(HARNESS.glob("*.py")), ids=file_id)
+def test_the_harness_knows_no_policy_by_type_or_name(path: Path) -> None:
+    classes = {class_of("policy", name).__name__ for name in choices("policy")}
+    # "full" is also a budget, and pictures give policies colours that do not depend on the run.
+    names = set() if path.name == "plots.py" else set(choices("policy")) - {"full"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name | ast.Attribute):
+            assert (node.id if isinstance(node, ast.Name) else node.attr) not in classes
+        elif isinstance(node, ast.Constant):
+            assert node.value not in names
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            assert "Policy" not in ast.unparse(node)
+    for name in imports_of(path):
+        assert not name.startswith("kvarena.policies.") or name == "kvarena.policies.base"

@@ -1,0 +1,49 @@
+"""What the command line needs to run offline in a second: a model folder and a haystack."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from toys import toy_model
+
+SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+CONTEXT_TOKENS = 1024
+
+
+def save_model_folder(folder: Path) -> Path:
+    """A tiny random Llama and a tokenizer with one token per byte; returns ``folder``."""
+    symbols = [*SPECIAL_TOKENS.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    ids = {symbol: index for index, symbol in enumerate(symbols)}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS).save_pretrained(folder)
+    model = toy_model(
+        "llama",
+        vocab_size=len(symbols),
+        max_position_embeddings=CONTEXT_TOKENS,
+        **{f"{name}_id": ids[symbol] for name, symbol in SPECIAL_TOKENS.items()},
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_haystack(folder: Path) -> Path:
+    """One text file of 60 short sentences."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(f"Line {number} says that all is well." for number in range(60))
+    (folder / "lines.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def toy_overrides(folder: Path) -> list[str]:
+    """Overrides for two needles of 400 tokens; makes model and haystack below ``folder``."""
+    return [
+        f"model={save_model_folder(folder / 'toy')}",
+        f"task.haystack={save_haystack(folder / 'hay')}",
+        "task.lengths=[400]",
+        "task.depths=[0,100]",
+        "task.max_new_tokens=6",
+        "budget=64",
+    ]
