@@ -11,6 +11,8 @@ from kvarena.harness.files import file_name
 from kvarena.harness.registry import choices, load_choice
 from kvarena.harness.results import read_rows
 
+_DISTANCES = ("kl_mean", "kl_max", "nll_difference", "attention_recall")
+
 
 def report(cell_paths: Sequence[Path], results_dir: Path) -> list[Path]:
     """Print one table per task; write its rows, its summary and its pictures. Returns the files."""
@@ -33,9 +35,12 @@ def report(cell_paths: Sequence[Path], results_dir: Path) -> list[Path]:
 
 
 def _own_summaries(task: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """What the task itself makes of its rows."""
+    """What the task itself makes of its rows; of forced answers, how far the policy moves."""
     if task not in choices("task"):
-        return {}
+        columns = [name for name in _DISTANCES if name in rows.columns]
+        cells = rows.groupby(["model", "policy", "budget"])[columns]
+        means = cells.mean().join(cells.sem(), rsuffix="_se")
+        return {"distances": means.reset_index()}
     module_name, _, class_name = load_choice("task", task)["_target_"].rpartition(".")
     return getattr(import_module(module_name), class_name).summaries(rows)
 

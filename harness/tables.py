@@ -136,8 +136,11 @@ def _score_text(mean: float, error: float) -> str:
 
 
 def markdown(summary: pd.DataFrame) -> str:
-    """One GitHub table of one task and model, in the columns of ``print_summary``."""
-    header = _header(summary)
+    """One GitHub table of one task and model: score and memory.
+
+    Times are left out: among neighbours they depend on when those read and write.
+    """
+    header = [name for name in _header(summary) if name not in ("TTFT s", "tok/s")]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     rows += [_cell_texts(line, header) for line in summary.itertuples(index=False)]
     return "".join(f"| {' | '.join(text.strip() for text in row)} |\n" for row in rows)
@@ -190,9 +193,13 @@ def _print_rich(title: str, lines: pd.DataFrame, stream: TextIO) -> None:
 
 def _footnote(summary: pd.DataFrame) -> str:
     few, many = int(summary["slots"].min()), int(summary["slots"].max())
+    if many == 1:
+        return "TTFT and tok/s: medians, as one sequence sees them alone (slots = 1)."
     slots = f"{few} to {many}" if few < many else str(many)
-    beside = "alone (slots = 1)" if many == 1 else f"with {slots} sequences side by side (slots)"
-    return f"TTFT and tok/s: medians, as one sequence sees them {beside}."
+    return (
+        f"TTFT and tok/s: medians, as one sequence sees them among {slots} (slots).\n"
+        "They depend on when the others read and write; slots=1 shows the policy's own."
+    )
 
 
 def write_csv(frame: pd.DataFrame, path: str | Path) -> Path:
