@@ -176,7 +176,7 @@ def test_a_cell_without_scores_prints_dashes() -> None:
 def test_the_footnote_says_how_many_sequences_ran_side_by_side() -> None:
     assert "among 4 (slots)" in printed(summarise(cells({})))
     assert "alone" in printed(summarise(cells({"slots": 1})))
-    assert "with 1 to 4 sequences" in printed(summarise(cells({"slots": 1}, {"policy": "h2o"})))
+    assert "among 1 to 4 (slots)" in printed(summarise(cells({"slots": 1}, {"policy": "h2o"})))
 
 
 def test_an_ascii_stream_does_not_end_the_run() -> None:
