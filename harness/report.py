@@ -23,6 +23,8 @@ def report(cell_paths: Sequence[Path], results_dir: Path) -> list[Path]:
     for task, task_rows in rows.groupby("task"):
         summary = tables.summarise(task_rows)
         tables.print_summary(summary)
+        if "meta_is_sample" in task_rows and task_rows["meta_is_sample"].any():
+            print(f"SAMPLE DATA: these rows are kvarena's own, not the {task} benchmark.")
         written.append(tables.write_csv(task_rows, results_dir / "tables" / f"{task}.csv"))
         written.append(tables.write_csv(summary, results_dir / "tables" / f"{task}-summary.csv"))
         for name, table in _own_summaries(str(task), task_rows).items():
