@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvarena.harness.errors import UsageError
+from kvarena.policies.base import at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +60,12 @@ def explicit_weights(
     query: Tensor, keys: Tensor, mask: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
     """Softmax weights [S, K, G, Q, T], float32 or wider; query [S, H, Q, D], keys [S, K, T, D]."""
+    # Half precision would round the logits before the softmax, far worse than sdpa does.
+    query, keys = at_least_float32(query), at_least_float32(keys)
     S, H, Q, _ = query.shape
     K, T = keys.shape[1:3]
     grouped = query.reshape(S, K, -1, query.shape[-1])  # [S, K, G*Q, D]
     logits = (grouped @ keys.transpose(-1, -2)).view(S, K, H // K, Q, T) * spec.scaling
-    if logits.dtype != torch.float64:
-        logits = logits.float()
     if spec.softcap is not None:
         logits = torch.tanh(logits / spec.softcap) * spec.softcap
     if mask is not None:

@@ -1,16 +1,10 @@
 """The budget as users write it, and as tokens: the one place where the one becomes the other."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kvarena.harness.errors import UsageError
-
-if TYPE_CHECKING:  # tables and plots read labels without loading torch
-    from kvarena.policies.base import Policy
 
 GRAMMAR = "a number of tokens (512), of 1024 tokens (2k, 8k), a share of the prompt (25%), or full"
 
@@ -23,18 +17,15 @@ class Budget:
     tokens: int | None = None
     ratio: float | None = None
 
-    def for_prompt(self, prompt_tokens: int, policy: Policy) -> int | None:
+    def for_prompt(self, prompt_tokens: int) -> int | None:
         """Tokens per KV head for one prompt; None if unbounded.
 
-        A share is rounded up, and never so small that the policy has nothing to choose.
+        A share is rounded up and is the same for every policy: equal memory is the point.
         """
         if self.ratio is None:
             return self.tokens
         # Rounded first: 0.07 * 100 is a hair over 7 in binary.
-        share = max(1, math.ceil(round(self.ratio * prompt_tokens, 6)))
-        while share <= policy.sinks + policy.num_recent(share):
-            share += 1
-        return share
+        return max(1, math.ceil(round(self.ratio * prompt_tokens, 6)))
 
     @property
     def sort_key(self) -> tuple[int, float]:

@@ -184,7 +184,7 @@ def _samples(cell: Cell, tokenizer: Tokenizer) -> Sequence[Sample]:
 
 
 def _budget_tokens(cell: Cell, sample: Sample) -> int | None:
-    return cell.bound.for_prompt(len(sample.prompt_token_ids), cell.policy)
+    return cell.bound.for_prompt(len(sample.prompt_token_ids))
 
 
 def _question_tokens(cell: Cell, sample: Sample) -> int:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from kvarena.harness.attention import KERNELS
 from kvarena.harness.cache import LayerCache
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models import check_attention
+from kvarena.harness.models import check_architecture, check_attention
 from kvarena.harness.passes import ARENA, ForwardPass, pack_runs
 from kvarena.harness.requests import StopTokens, check_budget, plan_sequences
 from kvarena.harness.rotary import KeyRotator
@@ -62,6 +62,7 @@ class Engine:
                 raise UsageError(f"{name} must be >= 1, got {value}")
         check_attention(attention, str(model.device), model.dtype)
         check_budget(policy, budget_tokens)
+        check_architecture(model)
         self.model = model
         self.policy = policy
         self.budget_tokens = budget_tokens
@@ -138,21 +139,24 @@ class Engine:
     ) -> Iterator[Generation]:
         waiting = deque(sequences)
         slots: list[Sequence | None] = [None] * min(self.slots, len(sequences))
-        self.layers = self._new_layers(sequences, len(slots))
+        layers = self._new_layers(sequences, len(slots))
         while waiting or any(slots):
             for slot, occupant in enumerate(slots):
                 if occupant is None and waiting:
                     sequence = waiting.popleft()
                     sequence.admitted_at = perf_counter()
                     slots[slot] = sequence
+            self.layers = layers  # another iterator of this engine may have run in between
             num_tokens = self._step(slots, sampling, recording)
             self._check_layers()
             if on_pass is not None:
                 on_pass(num_tokens)
+            finished = []
             for slot, occupant in enumerate(slots):
                 if occupant is not None and occupant.finish_reason:
                     slots[slot] = None
-                    yield self._generation(occupant, slot, recording)
+                    finished.append(self._generation(occupant, slot, recording))
+            yield from finished
 
     def _new_layers(self, sequences: Seq[Sequence], num_slots: int) -> list[LayerCache]:
         """Buffers wide enough for the longest sequence, for the whole job: memory is constant."""

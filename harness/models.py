@@ -143,6 +143,19 @@ def check_attention(attention: str, device: str, dtype: torch.dtype) -> None:
         raise UsageError("attention=flash runs on cuda in bfloat16 or float16; use attention=sdpa")
 
 
+def check_architecture(model: PreTrainedModel) -> None:
+    """Raise UsageError for a model whose layers do not only attend to keys and values."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    unknown_kinds = sorted(kinds - {"full_attention", "sliding_attention"})
+    if getattr(model, "_is_stateful", False) or unknown_kinds:
+        kind = ", ".join(unknown_kinds) or "recurrent"
+        raise UsageError(
+            f"model type {config.model_type} is not supported: no token budget bounds its {kind} "
+            "layers; use a model with full or sliding-window attention only"
+        )
+
+
 def context_tokens(config: PreTrainedConfig) -> int | None:
     """Most tokens of prompt and answer that the model handles; None if it states no limit.
 

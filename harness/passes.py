@@ -191,6 +191,9 @@ class ForwardPass:
             f"{type(self.policy).__name__}.score returned {tuple(scores.shape)}, "
             f"expected [S, K, T] = {tuple(positions.shape)}"
         )
+        # Only protection is infinite: neither NaN nor a policy's own infinity may outrank it.
+        largest = torch.finfo(torch.float32).max
+        scores = scores.float().nan_to_num(nan=-largest, posinf=largest, neginf=-largest)
         next_position = run.positions[:, -1:, None] + 1  # [S, 1, 1]
         assert run.budget_tokens is not None
         num_recent = self.policy.num_recent(run.budget_tokens)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.errors import UsageError
+from kvarena.harness.requests import check_budget
 from kvarena.policies.base import Policy
 from kvarena.policies.h2o import H2O
 from kvarena.policies.keydiff import KeyDiff
@@ -76,49 +77,44 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 def test_a_share_is_rounded_up_exactly(percent: str, prompt_tokens: int) -> None:
     exact = Decimal(percent) * prompt_tokens / 100
     rounded_up = int(exact.to_integral_value("ROUND_CEILING"))
-    assert parse_budget(f"{percent}%").for_prompt(prompt_tokens, KeyDiff()) == max(1, rounded_up)
+    assert parse_budget(f"{percent}%").for_prompt(prompt_tokens) == max(1, rounded_up)
 
 
 @no_deadline
-@given(percents, percents, prompt_lengths, policies)
-def test_a_larger_share_never_gives_fewer_tokens(
-    one: str, other: str, prompt_tokens: int, policy: Policy
-) -> None:
+@given(percents, percents, prompt_lengths)
+def test_a_larger_share_never_gives_fewer_tokens(one: str, other: str, prompt_tokens: int) -> None:
     small, large = sorted(
         (parse_budget(f"{text}%") for text in (one, other)), key=lambda b: b.ratio
     )
-    assert small.for_prompt(prompt_tokens, policy) <= large.for_prompt(prompt_tokens, policy)
+    assert small.for_prompt(prompt_tokens) <= large.for_prompt(prompt_tokens)
 
 
 @no_deadline
-@given(percents, prompt_lengths, prompt_lengths, policies)
-def test_a_longer_prompt_never_gives_fewer_tokens(
-    percent: str, one: int, other: int, policy: Policy
-) -> None:
+@given(percents, prompt_lengths, prompt_lengths)
+def test_a_longer_prompt_never_gives_fewer_tokens(percent: str, one: int, other: int) -> None:
     budget, lengths = parse_budget(f"{percent}%"), sorted((one, other))
-    small, large = (budget.for_prompt(length, policy) for length in lengths)
+    small, large = (budget.for_prompt(length) for length in lengths)
     assert small <= large
 
 
 @no_deadline
 @given(percents, prompt_lengths, policies)
-def test_a_share_leaves_the_policy_something_to_choose(
+def test_a_share_that_protection_fills_is_refused_and_not_raised(
     percent: str, prompt_tokens: int, policy: Policy
 ) -> None:
-    tokens = parse_budget(f"{percent}%").for_prompt(prompt_tokens, policy)
-    assert tokens >= protected(policy, tokens) + 1
-    # It is not larger than asked unless a smaller one would leave nothing.
-    exact = Decimal(percent) * prompt_tokens / 100
-    assert tokens - 1 < exact or tokens - 1 <= protected(policy, tokens - 1)
+    tokens = parse_budget(f"{percent}%").for_prompt(prompt_tokens)
+    if tokens > protected(policy, tokens):
+        check_budget(policy, tokens)
+    else:
+        with pytest.raises(UsageError, match="leaves nothing to choose"):
+            check_budget(policy, tokens)
 
 
 @no_deadline
-@given(st.integers(1, 10**6), prompt_lengths, policies)
-def test_tokens_do_not_depend_on_the_prompt(
-    number: int, prompt_tokens: int, policy: Policy
-) -> None:
-    assert parse_budget(number).for_prompt(prompt_tokens, policy) == number
-    assert parse_budget("full").for_prompt(prompt_tokens, policy) is None
+@given(st.integers(1, 10**6), prompt_lengths)
+def test_tokens_do_not_depend_on_the_prompt(number: int, prompt_tokens: int) -> None:
+    assert parse_budget(number).for_prompt(prompt_tokens) == number
+    assert parse_budget("full").for_prompt(prompt_tokens) is None
 
 
 @no_deadline

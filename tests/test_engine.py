@@ -310,7 +310,34 @@ def test_a_model_with_layers_that_are_not_attention_is_refused() -> None:
     config = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.config.max_position_embeddings = 2048
-    with pytest.raises(UsageError, match=r"model type mamba is not supported: its layers \[0, 1\]"):
+    with pytest.raises(UsageError, match="mamba is not supported: no token budget bounds its"):
         list(
             Engine(model, KeyDiff(), budget_tokens=32).generate([toy_prompt(50)], max_new_tokens=4)
         )
+
+
+def test_two_iterators_of_one_engine_do_not_share_a_cache() -> None:
+    engine = Engine(toy_model(), KeyDiff(), budget_tokens=32, chunk_tokens=16, slots=2)
+    jobs = [[toy_prompt(80 + 9 * i, seed=10 * j + i) for i in range(4)] for j in range(2)]
+    apart = [[g.token_ids for g in engine.generate(job, max_new_tokens=9)] for job in jobs]
+    together = zip(*(engine.generate(job, max_new_tokens=9) for job in jobs), strict=True)
+    for index, pair in enumerate(together):
+        assert [g.token_ids for g in pair] == [apart[0][index], apart[1][index]]
+
+
+def test_a_layer_kind_that_no_budget_bounds_is_refused() -> None:
+    model = toy_model()
+    model.config.layer_types = ["full_attention", "chunked_attention", "linear_attention"]
+    with pytest.raises(UsageError, match="its chunked_attention, linear_attention layers"):
+        Engine(model, KeyDiff(), budget_tokens=32)
+
+
+def test_a_policy_s_own_infinity_does_not_outrank_protection() -> None:
+    class Infinite(KeyDiff):
+        def score(self, view: object) -> torch.Tensor:
+            return torch.full_like(view.positions, 1, dtype=torch.float32) / 0
+
+    engine = Engine(toy_model(), Infinite(sinks=4), budget_tokens=32, chunk_tokens=16)
+    (generation,) = engine.generate([toy_prompt(90)], max_new_tokens=3, record_kept=True)
+    for positions in generation.kept_positions:
+        assert all(head[:4] == [0, 1, 2, 3] for head in positions.tolist())
