@@ -87,10 +87,11 @@ class Sequence:
         """What goes into the next pass: a chunk of the prompt, or the newest token."""
         if self.num_seen >= len(self.prompt):
             return self.token_ids[-1:]
-        end = self.num_seen + chunk_tokens
-        if self.num_seen < self.context_tokens:
-            end = min(end, self.context_tokens)  # no chunk may mix context and question
-        return self.prompt[self.num_seen : end]
+        # No chunk may mix context and question. The short chunk comes first: a policy that asks the
+        # last queries of a chunk (SnapKV, TOVA) then has a whole window of them at the end.
+        end = self.context_tokens if self.num_seen < self.context_tokens else len(self.prompt)
+        num_new = (end - self.num_seen) % chunk_tokens or chunk_tokens
+        return self.prompt[self.num_seen : self.num_seen + num_new]
 
     @property
     def context_tokens(self) -> int:

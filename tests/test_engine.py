@@ -341,3 +341,12 @@ def test_a_policy_s_own_infinity_does_not_outrank_protection() -> None:
     (generation,) = engine.generate([toy_prompt(90)], max_new_tokens=3, record_kept=True)
     for positions in generation.kept_positions:
         assert all(head[:4] == [0, 1, 2, 3] for head in positions.tolist())
+
+
+def test_the_short_chunk_of_a_prompt_and_of_a_question_comes_first() -> None:
+    engine = Engine(toy_model(), KeyDiff(), budget_tokens=32, chunk_tokens=16)
+    (generation,) = engine.generate(
+        [toy_prompt(60)], max_new_tokens=1, question_tokens=20, record_history=True
+    )
+    assert generation.kept_history is not None
+    assert [kept.seen_tokens for kept in generation.kept_history] == [8, 24, 40, 44, 60]
