@@ -42,7 +42,11 @@ def parse_budget(text: str | int) -> Budget:
         return Budget(label=label)
     match = re.fullmatch(r"([0-9]+)(k?)", label)
     if match and int(match[1]) > 0:
-        return Budget(label=label, tokens=int(match[1]) * (1024 if match[2] else 1))
+        tokens = int(match[1]) * (1024 if match[2] else 1)
+        # One label for one amount of memory: 2048 is the same cell as 2k.
+        return Budget(
+            label=f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens), tokens=tokens
+        )
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", label)
     if match and 0 < float(match[1]) <= 100:
         return Budget(label=label, ratio=float(match[1]) / 100)

@@ -36,4 +36,8 @@ class RunConfig:
     device: str = "cpu"
     dtype: str = "auto"  # float32 | bfloat16 | float16 | auto (float32 on cpu, else bfloat16)
     results_dir: str = "results"
+    mode: str = "run"  # run | plan (what it would take, without loading the model)
+    drift: str = "refuse"  # refuse | fork: same settings, but other data, weights or policy code
+    repair: bool = False  # keep the good lines of a damaged samples.jsonl and go on
+    allow_partial: bool = False  # show scores of cells that lack samples
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

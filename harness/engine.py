@@ -212,17 +212,24 @@ class Engine:
                 sequence.logits.append(piece)
             logits = logits[last_rows]
         if recording.logits == "answer":
-            # A copy, as stop tokens that may not come yet are ruled out in place below.
-            for sequence, piece in zip(deciding, logits.to("cpu", copy=True), strict=True):
+            for sequence, piece in zip(deciding, logits.cpu(), strict=True):
                 sequence.logits.append(piece[None])
         if deciding:
+            # Minus infinity is a token ruled out; NaN or plus infinity is a model gone wrong.
+            broken = (logits.isnan() | logits.isposinf()).any(dim=-1)
+            logits = logits.masked_fill(broken[:, None], 0.0)
             for row_index, sequence in enumerate(deciding):
                 if len(sequence.token_ids) < sequence.min_new_tokens:
                     logits[row_index, list(sequence.stop_token_ids)] = float("-inf")
             chosen = sampling.choose(logits, [sequence.generator for sequence in deciding])
             now_sec = perf_counter()
-            for sequence, token_id in zip(deciding, chosen, strict=True):
-                sequence.add_token(token_id, now_sec)
+            for sequence, token_id, is_broken in zip(
+                deciding, chosen, broken.tolist(), strict=True
+            ):
+                if is_broken:
+                    sequence.end_invalid(now_sec)
+                else:
+                    sequence.add_token(token_id, now_sec)
         return len(row)
 
     def _forward(

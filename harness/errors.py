@@ -6,3 +6,7 @@ class UsageError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class LockedError(UsageError):
+    """Another process is writing the same cell; the command line exits with code 75."""

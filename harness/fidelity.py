@@ -34,7 +34,7 @@ from kvarena.tasks.base import Sample, Tokenizer, content_id
 if TYPE_CHECKING:
     from kvarena.harness.cell import Cell
 
-_SCHEMA = 1  # of the reference files; a new one leaves the old files unread
+_SCHEMA = 2  # of the reference files; a new one leaves the old files unread
 
 
 class ForcedTask(Protocol):
@@ -98,7 +98,8 @@ def forced_answers(
     engine = partial(Engine, model, chunk_tokens=cell.chunk_tokens, attention=cell.attention)
     # No number of slots and no question held back: with the full cache they change nothing.
     names = ("model", "dtype", "attention", "device", "chunk")
-    key = content_id(_SCHEMA, [cell.identity()[name] for name in names])
+    weights = cell.identity["content"]["model"]
+    key = content_id(_SCHEMA, [cell.identity[name] for name in names], weights)
     references = [
         Reference(
             sample=sample,
@@ -127,6 +128,9 @@ def forced_answers(
             record_history=task.attention_recall,
             record_logits="answer",
         ):
+            if generation.finish_reason == "invalid":
+                yield generation, {}
+                continue
             assert generation.logits is not None, "recorded for every answer"
             logits = references[generation.index].read("logits")
             measures = compare(logits, generation.logits.cpu(), generation.token_ids)
@@ -165,6 +169,8 @@ def _complete(engine: Engine, references: Seq[Reference], label: str) -> None:
             on_pass=progress.advance,
             record_logits="answer",
         ):
+            if generation.finish_reason == "invalid":
+                raise ArithmeticError("the full cache's own logits are not finite")
             missing[generation.index].save(generation)
 
 

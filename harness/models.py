@@ -54,6 +54,10 @@ class ModelSpec:
                 "(model=/path/to/folder)"
             )
 
+    @property
+    def is_packaged(self) -> bool:
+        return self.source.startswith(_PACKAGE)
+
 
 def find_model(name: str) -> ModelSpec:
     """The preset of that name, else the name itself as a hub id or folder."""
@@ -75,13 +79,13 @@ def load_model(
 
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     with _loading(spec):
-        return AutoTokenizer.from_pretrained(_folder_or_hub_id(spec), revision=spec.revision)
+        return AutoTokenizer.from_pretrained(locate(spec), revision=spec.revision)
 
 
 def load_config(spec: ModelSpec) -> PreTrainedConfig:
     """The model's configuration, without its weights."""
     with _loading(spec):
-        return AutoConfig.from_pretrained(_folder_or_hub_id(spec), revision=spec.revision)
+        return AutoConfig.from_pretrained(locate(spec), revision=spec.revision)
 
 
 def load_weights(spec: ModelSpec, *, device: str, dtype: str) -> PreTrainedModel:
@@ -89,7 +93,7 @@ def load_weights(spec: ModelSpec, *, device: str, dtype: str) -> PreTrainedModel
     check_device(device)
     with _loading(spec):
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            _folder_or_hub_id(spec),
+            locate(spec),
             revision=spec.revision,
             dtype=resolve_dtype(dtype, device),
             output_loading_info=True,
@@ -193,10 +197,9 @@ def _loading(spec: ModelSpec) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _folder_or_hub_id(spec: ModelSpec) -> str:
-    if spec.source.startswith(_PACKAGE):
-        return str(_converted_gguf(spec))
-    return spec.source
+def locate(spec: ModelSpec) -> str:
+    """Folder or hub id; a packaged model is converted first if it has not been."""
+    return str(_converted_gguf(spec)) if spec.is_packaged else spec.source
 
 
 def _converted_gguf(spec: ModelSpec) -> Path:

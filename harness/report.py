@@ -9,46 +9,63 @@ import pandas as pd
 from kvarena.harness import plots, tables
 from kvarena.harness.files import file_name
 from kvarena.harness.registry import choices, load_choice
-from kvarena.harness.results import read_rows
+from kvarena.harness.rows import read_rows
+from kvarena.harness.run_cell import Outcome
 
 _DISTANCES = ("kl_mean", "kl_max", "nll_difference", "attention_recall")
 
 
-def report(cell_paths: Sequence[Path], results_dir: Path) -> list[Path]:
-    """Print one table per task; write its rows, its summary and its pictures. Returns the files."""
-    rows = read_rows(cell_paths)
+def report(
+    outcomes: Sequence[Outcome], results_dir: Path, *, allow_partial: bool = False
+) -> list[Path]:
+    """Print one table per task; write its rows, its summary and its pictures. Returns the files.
+
+    Only the samples of this command count, not what else their cells hold.
+    """
+    wanted = {outcome.path: outcome.sample_ids for outcome in outcomes}
+    rows = read_rows(wanted, only=wanted)
     if rows.empty:
         return []
     written: list[Path] = []
     for task, task_rows in rows.groupby("task"):
         summary = tables.summarise(task_rows)
         tables.print_summary(summary)
-        if "meta_is_sample" in task_rows and task_rows["meta_is_sample"].any():
+        if "meta_is_sample" in task_rows and task_rows["meta_is_sample"].eq(True).any():
             print(f"SAMPLE DATA: these rows are kvarena's own, not the {task} benchmark.")
         written.append(tables.write_csv(task_rows, results_dir / "tables" / f"{task}.csv"))
         written.append(tables.write_csv(summary, results_dir / "tables" / f"{task}-summary.csv"))
-        for name, table in _own_summaries(str(task), task_rows).items():
+        for name, table in own_summaries(str(task), task_rows).items():
             written.append(tables.write_csv(table, results_dir / "tables" / f"{task}-{name}.csv"))
-        for model, model_rows in task_rows.groupby("model"):
-            written += _pictures(
-                model_rows, results_dir / "plots" / str(task) / file_name(str(model))
-            )
+        for (model, variant), some in task_rows.groupby(["model", "variant"]):
+            folder = results_dir / "plots" / str(task) / file_name(str(model))
+            written += _pictures(some, folder / file_name(str(variant)) if variant else folder)
     return written
 
 
-def _own_summaries(task: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def own_summaries(task: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """What the task itself makes of its rows; of forced answers, how far the policy moves."""
     if task not in choices("task"):
         columns = [name for name in _DISTANCES if name in rows.columns]
-        cells = rows.groupby(["model", "policy", "budget"])[columns]
+        cells = rows[rows["status"] == "ok"].groupby(["model", "variant", "policy", "budget"])[
+            columns
+        ]
         means = cells.mean().join(cells.sem(), rsuffix="_se")
         return {"distances": means.reset_index()}
     module_name, _, class_name = load_choice("task", task)["_target_"].rpartition(".")
-    return getattr(import_module(module_name), class_name).summaries(rows)
+    summaries = getattr(import_module(module_name), class_name).summaries
+    tables_by_variant = {str(variant): summaries(some) for variant, some in rows.groupby("variant")}
+    names = next(iter(tables_by_variant.values()))
+    return {
+        name: pd.concat(
+            [found[name].assign(variant=variant) for variant, found in tables_by_variant.items()],
+            ignore_index=True,
+        )
+        for name in names
+    }
 
 
 def _pictures(rows: pd.DataFrame, folder: Path) -> Iterator[Path]:
-    """Grids for rows that carry a depth and a length; rows are of one task and model."""
+    """Grids for rows that carry a depth and a length; rows are of one task, model and variant."""
     if not {plots.LENGTH, plots.DEPTH} <= set(rows.columns):
         return
     yield plots.needle_overview(rows, folder / "overview.png")

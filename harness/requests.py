@@ -100,10 +100,15 @@ def _per_prompt(name: str, value: int | Seq[Any] | None, num_prompts: int) -> li
     return list(value)
 
 
+def stop_tokens(model: PreTrainedModel) -> list[int]:
+    """The model's own end-of-sequence tokens; none if it has none."""
+    eos = model.generation_config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
 def _stop_sets(model: PreTrainedModel, stop: StopTokens, num_prompts: int) -> list[frozenset[int]]:
     if stop is None:
-        eos = model.generation_config.eos_token_id
-        stop = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        stop = stop_tokens(model)
     single = [token for token in stop if isinstance(token, int)]
     if len(single) == len(stop):
         return [frozenset(single)] * num_prompts

@@ -2,78 +2,105 @@
 
 A cell is one (task, model, policy, budget, seed, ...). Its folder is keyed by a hash of everything
 that affects outputs, so two different cells can never share rows, and running the same command
-again finds what is there already.
+again finds what is there already. A sample that is answered or scored again gets a further row; the
+last one that is "ok" counts.
 """
 
-import datetime
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
-import sys
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from kvarena.harness.errors import UsageError
+from kvarena.harness.errors import LockedError, UsageError
 from kvarena.harness.files import file_name, replacing
+from kvarena.harness.provenance import now, provenance
 
-SCHEMA_VERSION = 1
-_PACKAGES = ("kvarena", "torch", "transformers", "tokenizers", "hydra-core", "numpy", "flash-attn")
+SCHEMA_VERSION = 2  # of rows and of what the engine keeps; another one makes other folders
+_STATUS_EVERY_SEC = 5.0
 
 
 class CellFolder:
     """``<results_dir>/runs/<task>/<model>/<policy>-<budget>-<hash>/`` of one cell.
 
     identity: JSON values that decide the cell's outputs; ``task``, ``model``, ``policy`` and
-    ``budget`` among them name the folder.
+    ``budget`` among them name the folder; ``content`` holds hashes of what the others point to.
     """
 
     def __init__(self, results_dir: Path, identity: Mapping[str, Any]) -> None:
-        canonical = json.dumps({"schema": SCHEMA_VERSION, **identity}, sort_keys=True)
-        self.identity = dict(identity)
+        self.identity = json.loads(json.dumps({"schema": SCHEMA_VERSION, **identity}))
+        canonical = json.dumps(self.identity, sort_keys=True)
         self.run_id = hashlib.sha256(canonical.encode()).hexdigest()[:12]
         task, model, policy, budget = (
             file_name(str(identity[key]["name"])) for key in ("task", "model", "policy", "budget")
         )
-        self.path = results_dir / "runs" / task / model / f"{policy}-{budget}-{self.run_id[:8]}"
+        self._prefix = f"{policy}-{budget}-"
+        self.path = results_dir / "runs" / task / model / f"{self._prefix}{self.run_id[:8]}"
         self.rows_path = self.path / "samples.jsonl"
+        self._status: dict[str, Any] = {}
+        self._status_written = 0.0
 
-    def open(self, config: Mapping[str, Any]) -> None:
+    def open(self, config: Mapping[str, Any], *, fork: bool = False) -> None:
         """Make the folder and its manifest unless they exist.
 
         config: the resolved configuration of this command, kept for the record.
+        Raises UsageError with the fields that differ if a cell of the same settings was begun with
+        other contents (data, model files, policy code); ``fork`` begins a cell of its own instead.
         """
         manifest_path = self.path / "manifest.json"
         if manifest_path.exists():
+            found = json.loads(manifest_path.read_text())["identity"]
+            if found != self.identity:
+                raise UsageError(f"{manifest_path} was changed: {_changes(found, self.identity)}")
             return
+        if not fork:
+            self._refuse_drift()
         manifest = {"run_id": self.run_id, "identity": self.identity, "config": config}
-        text = json.dumps({**manifest, **_provenance()}, indent=2, default=str)
+        text = json.dumps({**manifest, **provenance()}, indent=2, default=str)
         with replacing(manifest_path) as path:
             path.write_text(text + "\n")
 
+    def _refuse_drift(self) -> None:
+        for manifest_path in sorted(self.path.parent.glob("*/manifest.json")):
+            if not manifest_path.parent.name.startswith(self._prefix):
+                continue
+            found = json.loads(manifest_path.read_text())["identity"]
+            if {**found, "content": None} == {**self.identity, "content": None}:
+                raise UsageError(
+                    f"{manifest_path.parent} was begun with the same settings but other contents: "
+                    f"{_changes(found, self.identity)}; restore them, choose another results_dir, "
+                    "or add drift=fork to keep both apart"
+                )
+
     @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Two processes must not write the same cell. Raises UsageError if another one does."""
+    def claimed(self, *, wait: bool = False) -> Iterator[None]:
+        """Two processes must not write the same cell. Raises LockedError if another one does.
+
+        wait: until the other one is done, instead.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a") as stream:  # a lock ends with its process
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UsageError(f"another process is writing {self.path}; wait for it") from None
+                if not wait:
+                    raise LockedError(
+                        f"another process is writing {self.path}; wait for it"
+                    ) from None
+                print(f"waiting for another process to finish {self.path}", flush=True)
+                fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows so far. A torn last line (a kill while writing) is cut off with a warning.
+    def rows(self, *, repair: bool = False) -> list[dict[str, Any]]:
+        """One row per sample so far. A torn last line (a kill while writing) is cut off.
 
-        Raises UsageError, with file and line, for damage anywhere else.
+        Raises UsageError, with file and line, for damage anywhere else; ``repair`` keeps the
+        damaged file under another name and goes on with its good lines.
         """
         if not self.rows_path.exists():
             return []
@@ -85,7 +112,15 @@ class CellFolder:
                 stacklevel=2,
             )
             os.truncate(self.rows_path, sum(len(line) + 1 for line in lines))
-        return [_parse_row(line, self.rows_path, i) for i, line in enumerate(lines, start=1)]
+        if repair and any(parse_row(line) is None for line in lines):
+            good = [line for line in lines if parse_row(line) is not None]
+            kept = self.rows_path.with_name(f"samples.corrupt-{now().replace(':', '')}.jsonl")
+            os.link(self.rows_path, kept)
+            with replacing(self.rows_path) as path:
+                path.write_bytes(b"".join(line + b"\n" for line in good))
+            print(f"{self.rows_path}: left out {len(lines) - len(good)} damaged lines, see {kept}")
+            lines = good
+        return latest_rows(lines, self.rows_path)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row so that it survives a crash right after."""
@@ -96,57 +131,103 @@ class CellFolder:
                 os.truncate(self.rows_path, stream.tell() - written)
                 raise OSError(f"no space left for a row in {self.rows_path}")
             os.fsync(stream.fileno())
+        counts = self._status.setdefault("counts", {})
+        counts[row.get("status")] = counts.get(row.get("status"), 0) + 1
+        if time.monotonic() - self._status_written > _STATUS_EVERY_SEC:
+            self.write_status("running")
+
+    def begin(self, num_planned: int, counts: Mapping[str, int], *, state: str = "running") -> None:
+        """Note in status.json what is to be done. counts: rows there already, by status."""
+        before = read_status(self.path).get("num_planned", 0)
+        self._status = {
+            "num_planned": max(before, num_planned),
+            "counts": dict(counts),
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+        }
+        self.write_status(state)
+
+    def write_status(self, state: str) -> None:
+        """state: planned | running | done | failed | cancelled."""
+        self._status_written = time.monotonic()
+        self._status |= {"state": state, "updated": now()}
+        with replacing(self.path / "status.json") as path:
+            path.write_text(json.dumps(self._status, indent=2) + "\n")
 
 
-def read_rows(cell_paths: Iterable[Path]) -> pd.DataFrame:
-    """Tidy frame of the rows of several cell folders, one line per sample."""
-    rows: list[dict[str, Any]] = []
-    for path in cell_paths:
-        rows_path = path / "samples.jsonl"
-        lines = rows_path.read_bytes().split(b"\n")[:-1] if rows_path.exists() else []
-        rows += [_parse_row(line, rows_path, i) for i, line in enumerate(lines, start=1)]
-    return pd.DataFrame(rows)
+def read_status(cell_path: Path) -> dict[str, Any]:
+    """status.json of a cell: state, num_planned, counts, updated; empty if there is none."""
+    path = cell_path / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def find_cells(results_dir: Path) -> list[Path]:
+    """Folders of all cells below ``results_dir`` that have rows."""
+    return sorted(path.parent for path in (results_dir / "runs").glob("*/*/*/samples.jsonl"))
+
+
+def read_manifest(cell_path: Path) -> dict[str, Any]:
+    """Raises UsageError for a folder that is not a cell's."""
+    path = cell_path / "manifest.json"
+    if not path.exists():
+        raise UsageError(f"{cell_path} has rows but no manifest.json; move the folder away")
+    return json.loads(path.read_text())
+
+
+def read_lines(cell_path: Path) -> list[dict[str, Any]]:
+    """One row per sample of a cell. The file is left alone: a torn last line is passed over.
+
+    Raises UsageError, with file and line, for damage anywhere else.
+    """
+    path = cell_path / "samples.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return latest_rows(lines, path)
+
+
+def latest_rows(lines: list[bytes], path: Path) -> list[dict[str, Any]]:
+    """One row per sample, in the order of first appearance: the last "ok" one, else the last.
+
+    Raises UsageError with file and line for a damaged line.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        row = parse_row(line)
+        if row is None:
+            raise UsageError(
+                f"{path} line {number} is damaged; run again with repair=true to keep the good "
+                "lines, or move the folder away to run the cell again"
+            )
+        before = rows.get(row["sample_id"])
+        if before is None or row.get("status") == "ok" or before.get("status") != "ok":
+            rows[row["sample_id"]] = row
+    return list(rows.values())
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The row of one line; None if it is damaged."""
     try:
         row = json.loads(line)
     except ValueError:
-        row = None
-    if not isinstance(row, dict) or "sample_id" not in row:
-        raise UsageError(
-            f"{path} line {number} is damaged; move the folder away to run the cell again"
-        )
-    return row
-
-
-def _provenance() -> dict[str, Any]:
-    """Where and with what a cell was made."""
-    return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "argv": sys.argv,
-        "git": _git_state(),
-        "python": platform.python_version(),
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
-        "packages": {name: _version(name) for name in _PACKAGES},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
         return None
+    return row if isinstance(row, dict) and "sample_id" in row else None
 
 
-def _git_state() -> dict[str, Any]:
-    """Commit of the checkout that this code runs from; empty outside a checkout."""
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {}
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs, field by field."""
+    before, after = flat(old), flat(new)
+    return ", ".join(
+        f"{key} {before.get(key, '(none)')} -> {after.get(key, '(none)')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, before) != after.get(key, before)
+    )

@@ -1,80 +1,154 @@
 """The command ``kvarena``: the only file that knows Hydra.
 
-Bad input is reported in one line with exit code 2, before any model is loaded; other errors end
-with exit code 1.
+Exit codes: 0 all is well; 1 something failed (samples, or the program); 2 bad input, told in one
+line before any model is loaded; 75 another process writes the cell; 130 Ctrl-C; 143 SIGTERM.
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.config import RunConfig
-from kvarena.harness.errors import UsageError
+from kvarena.harness.errors import LockedError, UsageError
 from kvarena.harness.registry import choices, one_of
+
+if TYPE_CHECKING:
+    from kvarena.harness.cell import Cell
+    from kvarena.harness.plan import Plan
+    from kvarena.harness.run_cell import Outcome
 
 GROUPS = ("task", "policy", "model", "experiment")
 
 
 def main() -> None:
-    """Console entry point; exits with 0, 1 (a failure) or 2 (bad input)."""
+    """Console entry point."""
     # Hydra's own reports span many lines and all exit with 1; with this it hands errors on.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
-    finished: list[Path] = []
-    failures: list[Exception] = []
+    # Schedulers end a job with SIGTERM: an exception lets the cell note where it stopped.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    session = Session()
     try:
         sys.argv[1:] = prepare_arguments(sys.argv[1:])
-        _hydra_main(finished, failures)
+        _hydra_main(session)
+    except KeyboardInterrupt:
+        session.code_when_stopped = 130
+    except SystemExit as stop:
+        if stop.code not in (None, 0):
+            session.code_when_stopped = int(stop.code) if isinstance(stop.code, int) else 1
     except Exception as error:
-        if error not in failures:
+        if error not in session.errors:
             _report(error)
-            failures.append(error)
-    if finished:
-        _show(list(dict.fromkeys(finished)))
-    if failures:
-        sys.exit(2 if all(_is_usage_error(error) for error in failures) else 1)
+            session.errors.append(error)
+    if session.code_when_stopped:
+        print(
+            f"stopped; {len(session.outcomes)} cells are complete, finished samples are kept. "
+            "The same command goes on from here.",
+            file=sys.stderr,
+        )
+    elif session.plans:
+        from kvarena.harness.plan import print_plans
+
+        print_plans(session.plans)
+    elif session.outcomes:
+        _show(session)
+    if session.exit_code:
+        sys.exit(session.exit_code)
 
 
-def _hydra_main(finished: list[Path], failures: list[Exception]) -> None:
-    """Run one cell, or a sweep of them, noting folders and failures as they come."""
+@dataclass
+class Session:
+    """What became of the cells of one command."""
+
+    outcomes: "list[Outcome]" = field(default_factory=list)
+    plans: "list[Plan]" = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+    code_when_stopped: int = 0
+    allow_partial: bool = False
+    results_dir: Path = Path("results")
+
+    @property
+    def exit_code(self) -> int:
+        """Bad input alone is 2 (75 if only locks were in the way), any failure makes it 1."""
+        if self.code_when_stopped:
+            return self.code_when_stopped
+        if any(not _is_usage_error(error) for error in self.errors):
+            return 1
+        if any(outcome.num_failed for outcome in self.outcomes):
+            return 1
+        if self.errors:
+            return 75 if all(isinstance(error, LockedError) for error in self.errors) else 2
+        return 0
+
+
+def _hydra_main(session: Session) -> None:
+    """Run one cell, or a sweep of them, noting what became of each."""
     parent = os.getpid()
 
     def job(settings: DictConfig) -> str:
         try:
-            path = _run(settings)
+            return _run(settings, session)
         except Exception as error:
             _report(error)  # at once: a sweep goes on and would only tell at its end
-            failures.append(error)
+            session.errors.append(error)
             if os.getpid() != parent:  # a launcher with processes of its own hands errors back
                 raise
             return ""  # Hydra would add a line of its own
-        finished.append(path)
-        return str(path)
 
     hydra.main(version_base="1.3", config_path="pkg://kvarena.conf", config_name="config")(job)()
 
 
-def _run(settings: DictConfig) -> Path:
+def _run(settings: DictConfig, session: Session) -> str:
+    """One cell; returns its folder."""
     # Imported here: torch takes seconds, and --help or a typo should not wait for it.
-    from kvarena.harness.cell import Cell, run_cell
+    from kvarena.harness.plan import plan_cell
+    from kvarena.harness.run_cell import run_cell
+
+    config: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
+    one_of("mode", config["mode"], ["run", "plan"])
+    one_of("drift", config["drift"], ["refuse", "fork"])
+    cell = _cell(config)
+    session.allow_partial = config["allow_partial"]
+    session.results_dir = Path(config["results_dir"])
+    if config["mode"] == "plan":
+        plan = plan_cell(cell, session.results_dir)
+        session.plans.append(plan)
+        return str(plan.path)
+    # In a sweep two jobs may be one cell (full has no budget): the second waits and finds it done.
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    outcome = run_cell(
+        cell,
+        session.results_dir,
+        fork=config["drift"] == "fork",
+        repair=config["repair"],
+        wait=in_sweep,
+    )
+    session.outcomes.append(outcome)
+    return str(outcome.path)
+
+
+def _cell(config: dict[str, Any]) -> "Cell":
+    from kvarena.harness.cell import Cell
     from kvarena.harness.models import ModelSpec
     from kvarena.harness.sampling import Sampling
 
-    config: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
     for group in ("task", "policy", "model"):
         if not isinstance(config[group], dict):
             raise UsageError(f"{group} must name a choice: {', '.join(choices(group))}")
@@ -82,7 +156,7 @@ def _run(settings: DictConfig) -> Path:
         sampling = Sampling(**config["sampling"])
     except ValueError as error:
         raise UsageError(f"sampling: {error}") from error
-    cell = Cell(
+    return Cell(
         task_settings=config["task"],
         policy_settings=config["policy"],
         policy_label=_policy_label(config["policy"]),
@@ -99,7 +173,6 @@ def _run(settings: DictConfig) -> Path:
         dtype=config["dtype"],
         config=config,
     )
-    return run_cell(cell, Path(config["results_dir"]))
 
 
 def _policy_label(settings: dict[str, Any]) -> str:
@@ -112,11 +185,11 @@ def _policy_label(settings: dict[str, Any]) -> str:
     return f"{name}({','.join(changed)})" if changed else name
 
 
-def _show(paths: Sequence[Path]) -> None:
+def _show(session: Session) -> None:
     """Tables and pictures of the cells of this command."""
     from kvarena.harness.report import report
 
-    written = report(paths, results_dir=paths[0].parents[3])
+    written = report(session.outcomes, session.results_dir, allow_partial=session.allow_partial)
     print("\nWritten:")
     for path in written:
         print(f"  {path}")

@@ -37,6 +37,14 @@ class Sampling:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def label(self) -> str:
+        """greedy, or what was set: temperature=0.6,top_p=0.95."""
+        if self.is_greedy:
+            return "greedy"
+        changed = {k: v for k, v in vars(self).items() if v != getattr(Sampling, k)}
+        return ",".join(f"{key}={value}" for key, value in changed.items())
+
     def _warpers(self) -> LogitsProcessorList:
         """transformers' own filters in the order that ``generate`` applies them."""
         warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])

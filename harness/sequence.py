@@ -21,7 +21,8 @@ class KeptTokens:
 class Generation:
     """One finished sequence. Times are wall seconds as it saw them, with others beside it.
 
-    token_ids: new tokens, the stop token included; finish_reason: stop | length.
+    token_ids: new tokens, the stop token included; finish_reason: stop | length, or
+    invalid where logits were not numbers (the answer ends before that token).
     budget_tokens: None without a bound, which is always so for a policy that keeps everything.
     kv_bytes_kept: most bytes held between passes; kv_bytes_peak: most bytes at any moment, the
     chunk in work included; both count keys, values and all side state of all layers.
@@ -75,6 +76,7 @@ class Sequence:
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    is_invalid: bool = False
 
     def places(self, chunk_tokens: int) -> int:
         """Places it can ever fill: its budget and a chunk, or all its tokens if they are fewer."""
@@ -128,9 +130,16 @@ class Sequence:
         self.last_token_at = now_sec
         self.token_ids.append(token_id)
 
+    def end_invalid(self, now_sec: float) -> None:
+        """Stop here: there are no numbers to choose the next token by."""
+        self.is_invalid = True
+        self.first_token_at = self.first_token_at or now_sec
+
     @property
     def finish_reason(self) -> str | None:
-        """stop | length, or None while it runs."""
+        """stop | length | invalid, or None while it runs."""
+        if self.is_invalid:
+            return "invalid"
         if self.forced is None and self.token_ids and self.token_ids[-1] in self.stop_token_ids:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_new_tokens else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -39,6 +39,10 @@ class Sample:
     question_tokens: int = 0
     # End the answer at a newline, after at least one new token (LongBench's samsum).
     stop_newline: bool = False
+    # What samples have in common: the id of a source document they share (their scores are then not
+    # independent; "": nobody else's) and the sub-benchmark they belong to ("": there is one only).
+    document: str = ""
+    part: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)  # JSON values, written to the row
 
 
@@ -64,6 +68,13 @@ class Task(ABC):
         finished: the model ended the answer itself; False if the token limit cut it off.
         """
 
+    def data_fingerprint(self) -> str | None:
+        """Hash of the data that the samples are made of, whatever the order of its rows.
+
+        None for a task that makes its samples from its options alone. ValueError as in ``samples``.
+        """
+        return None
+
     @classmethod
     def summaries(cls, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         """The benchmark's own tables of stored rows, by name; none unless a task has some."""
@@ -74,6 +85,11 @@ def content_id(*parts: object) -> str:
     """A 16-character id that depends on nothing but the given JSON values."""
     canonical = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def rows_fingerprint(rows: Iterable[object]) -> str:
+    """One id for a set of JSON rows, the same in any order."""
+    return content_id(sorted(content_id(row) for row in rows))
 
 
 def render_prompt(tokenizer: Tokenizer, user_text: str, *, chat: bool = True) -> list[int]:

@@ -74,6 +74,9 @@ class Fidelity(Task):
         samples = self._task.samples(tokenizer, seed, limit)
         return [self._forced(sample) for sample in samples]
 
+    def data_fingerprint(self) -> str | None:
+        return self._task.data_fingerprint()
+
     def score(self, sample: Sample, text: str, *, finished: bool = True) -> dict[str, float]:
         """Nothing: the text is forced. The harness measures ``score`` on the logits."""
         return {}

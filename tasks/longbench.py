@@ -21,18 +21,14 @@ from kvarena.tasks.base import (
     content_id,
     count_question_tokens,
     render_prompt,
+    rows_fingerprint,
 )
-from kvarena.tasks.benchmark_data import Row
+from kvarena.tasks.benchmark_rows import Row
 from kvarena.tasks.longbench_averages import macro_averages
 from kvarena.tasks.longbench_data import TaskData, load_tasks
-from kvarena.tasks.longbench_metrics import (
-    CODE_SIMILARITIES,
-    NEEDS_JIEBA,
-    all_scores,
-    chinese_segmenter,
-    score_prediction,
-)
-from kvarena.tasks.longbench_names import base_task, chosen_tasks
+from kvarena.tasks.longbench_metrics import CODE_SIMILARITIES, all_scores, score_prediction
+from kvarena.tasks.longbench_names import NEEDS_JIEBA, base_task, chosen_tasks
+from kvarena.tasks.token_f1 import chinese_segmenter
 
 __all__ = ["LongBench", "score_prediction"]
 
@@ -76,6 +72,14 @@ class LongBench(Task):
             for data in load_tasks(self.data, self.tasks)
             for row in data.rows[:limit]
         ]
+
+    def data_fingerprint(self) -> str:
+        return content_id(
+            [
+                [data.task, data.settings_sha256, rows_fingerprint(data.rows)]
+                for data in load_tasks(self.data, self.tasks)
+            ]
+        )
 
     @classmethod
     def summaries(cls, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -122,6 +126,8 @@ class LongBench(Task):
             max_new_tokens=data.max_new_tokens,
             question_tokens=count_question_tokens(tokenizer, text, text_context_end, chat=chat),
             stop_newline=task == "samsum",
+            document=content_id(row["context"]),
+            part=data.task,
             meta=meta,
         )
 

@@ -8,35 +8,19 @@ pass@1 as the mean over ``num_samples`` answers to each problem.
 Differs from the paper: math-verify compares the answers, not the graders of either paper.
 """
 
-import gzip
-import json
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 
-from kvarena.tasks.base import Sample, Task, Tokenizer, content_id, render_prompt
-from kvarena.tasks.math_grader import are_equal, check_installed
+from kvarena.tasks.base import Sample, Task, Tokenizer, content_id, render_prompt, rows_fingerprint
+from kvarena.tasks.math500_data import load_problems
+from kvarena.tasks.math_answers import is_correct, last_box, normalised
+from kvarena.tasks.math_grader import check_installed
+
+__all__ = ["Math500", "is_correct", "math500_summary"]
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
-HUB_NAME = "HuggingFaceH4/MATH-500"
-SAMPLE_FILE = Path(__file__).parent / "sample_data" / "math500" / "test.jsonl"
-FIELDS = ("problem", "solution", "answer", "subject", "level", "unique_id")
-
-WAYS = (
-    "Ways to get MATH-500: data=hub with a network and `pip install datasets`; data=<path> of a "
-    f"test.jsonl (or .gz) from https://huggingface.co/datasets/{HUB_NAME} or of a folder with it; "
-    "data=sample for 20 problems of this project, which are not the benchmark"
-)
-
-SPACING = re.compile(r"(?<!\\)\\[,;:! ]|\s+|\\q?quad\b|~|(?<!\\)\$")
-STYLE = re.compile(r"\\(?:left|right|displaystyle|degree)(?![a-zA-Z])|\^\{?\\circ\}?|\\[%$]|%")
-TEXT = re.compile(r"\\(?:text(?:bf|it|rm|up)?|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-BASE = re.compile(r"\d_\{?(\d+)\}?$")  # 2516_8: a number written in base 8
-REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\{(\d+)\}")
 
 
 @dataclass(kw_only=True)
@@ -46,7 +30,7 @@ class Math500(Task):
     name: ClassVar[str] = "math500"
     version: ClassVar[str] = "1"
 
-    data: str = "hub"  # hub | sample | test.jsonl (.gz) or a folder with it
+    data: str = "hub"  # hub | sample | test.jsonl (.gz), or a folder or zip with it
     num_samples: int = 1
     max_new_tokens: int = 32768
 
@@ -62,7 +46,7 @@ class Math500(Task):
 
         Every repeat is a sample with an id of its own and so draws other random numbers.
         """
-        rows = _load_rows(str(self.data))
+        rows = load_problems(str(self.data))
         prompts = [tuple(render_prompt(tokenizer, _prompt(row["problem"]))) for row in rows]
         return [
             Sample(
@@ -70,12 +54,16 @@ class Math500(Task):
                 prompt_token_ids=prompt,
                 references=(row["answer"],),
                 max_new_tokens=self.max_new_tokens,
+                document=content_id(row["problem"]),
                 meta={name: row[name] for name in ("subject", "level", "unique_id")}
                 | {"repeat": repeat, "is_sample": self.data == "sample"},
             )
             for repeat in range(self.num_samples)
             for row, prompt in zip(rows, prompts, strict=True)
         ][:limit]
+
+    def data_fingerprint(self) -> str:
+        return rows_fingerprint(load_problems(str(self.data)))
 
     @classmethod
     def summaries(cls, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -91,65 +79,6 @@ class Math500(Task):
         same_text = finished and box is not None and normalised(box) == normalised(gold)
         right = same_text or (finished and is_correct(text, gold))
         return {"score": float(right), "boxed_em": float(same_text)}
-
-
-def is_correct(prediction: str, answer: str) -> bool:
-    """Whether the last box of ``prediction``, after its thinking block, equals ``answer``.
-
-    Equal text is equal; math-verify decides the rest. False without a box, with an empty one, or
-    when math-verify does not come to an end within seconds.
-    """
-    box = last_box(prediction)
-    if box is None or not box.strip():
-        return False
-    ours, gold = normalised(box), normalised(answer)
-    if ours == gold or (gold.isalpha() and len(gold) > 1 and ours.casefold() == gold.casefold()):
-        return True
-    bases = [BASE.search(text) for text in (ours, gold)]
-    # math-verify leaves the base out, so 25_7 would equal 25_8.
-    if bases[0] and bases[1] and bases[0][1] != bases[1][1]:
-        return False
-    return are_equal(_for_math_verify(answer), _for_math_verify(box))
-
-
-def last_box(text: str) -> str | None:
-    r"""Content of the last ``\boxed{...}`` with balanced braces after the thinking block.
-
-    None if there is none, or if the text ends inside its thinking block.
-    """
-    _, _, text = text.rpartition("</think>")
-    if "<think>" in text:
-        return None
-    for found in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        # A brace after a backslash is a printed one; two backslashes are a line break.
-        for mark in re.finditer(r"\\.|[{}]", text[found.end() :], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(mark[0], 0)
-            if depth == 0:
-                return text[found.end() : found.end() + mark.start()]
-    return None
-
-
-def normalised(answer: str) -> str:
-    r"""``answer`` without spacing, dollar, percent and degree signs, ``\text{}`` and style."""
-    text, before = answer.replace("{,}", ","), ""
-    while text != before:
-        before, text = text, TEXT.sub(r"\1", text)
-    text = STYLE.sub("", SPACING.sub("", text)).rstrip(".")
-    text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text)
-    return text[1:-1] if re.fullmatch(r"\([A-Z]\)", text) else text  # a choice: (C) is C
-
-
-def _for_math_verify(answer: str) -> str:
-    # math-verify reads 0.\overline{3} as 0.
-    answer = REPEATING.sub(_as_fraction, answer)
-    return re.sub(r"(?<!\\)\$", "", answer).strip().rstrip(".")
-
-
-def _as_fraction(found: re.Match[str]) -> str:
-    whole, fixed, repeated = found.groups()
-    numerator = int(whole + fixed + repeated) - int(whole + fixed or 0)
-    return rf"\frac{{{numerator}}}{{{(10 ** len(repeated) - 1) * 10 ** len(fixed)}}}"
 
 
 def math500_summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -180,46 +109,3 @@ def math500_summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _prompt(problem: str) -> str:
     return f"{problem}\n{INSTRUCTION}"
-
-
-def _load_rows(data: str) -> list[dict[str, Any]]:
-    """Rows with ``FIELDS``. Raises ValueError that names file, line and field of a bad one."""
-    if data == "hub":
-        return _checked(HUB_NAME, _hub_rows())
-    path = SAMPLE_FILE if data == "sample" else Path(data)
-    if path.is_dir():
-        found = [path / name for name in ("test.jsonl", "test.jsonl.gz") if (path / name).is_file()]
-        path = found[0] if found else path / "test.jsonl"
-    if not path.is_file():
-        raise ValueError(f"data {str(path)!r} is not a file. {WAYS}")
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8") as lines:
-        return _checked(str(path), (_parsed(path, i, line) for i, line in enumerate(lines, 1)))
-
-
-def _hub_rows() -> list[dict[str, Any]]:
-    try:
-        import datasets
-
-        return list(datasets.load_dataset(HUB_NAME, split="test"))
-    except (ImportError, OSError, ValueError) as error:
-        raise ValueError(f"{HUB_NAME} cannot be loaded ({error}). {WAYS}") from error
-
-
-def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-
-
-def _checked(source: str, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = list(rows)
-    for number, row in enumerate(rows, 1):
-        for name in FIELDS:
-            value = row.get(name) if isinstance(row, dict) else None
-            if not isinstance(value, int if name == "level" else str) or value == "":
-                raise ValueError(f"{source} line {number}: field {name!r} is {value!r}")
-    if len({row["unique_id"] for row in rows}) < len(rows) or not rows:
-        raise ValueError(f"{source} has no rows, or rows with the same unique_id")
-    return rows

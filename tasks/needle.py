@@ -83,6 +83,9 @@ class Needle(Task):
             samples.append(self._sample(stretch, values, meta))
         return samples
 
+    def data_fingerprint(self) -> str:
+        return content_id(load_sentences(self.haystack))
+
     def score(self, sample: Sample, text: str, *, finished: bool = True) -> dict[str, float]:
         """Share of the numbers asked for that are whole runs of digits of ``text``.
 

@@ -11,7 +11,7 @@ as its length allows, where the benchmark steps down to a size that fits all.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ import pandas as pd
 from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
 from kvarena.tasks.haystack import load_sentences
 from kvarena.tasks.ruler_documents import SOURCES, load_questions, qa_recipe
+from kvarena.tasks.ruler_effective import effective_length
 from kvarena.tasks.ruler_needles import NIAH_TASKS, niah_recipe
 from kvarena.tasks.ruler_prompts import Recipe
 from kvarena.tasks.ruler_words import cwe_recipe, fwe_recipe, vt_recipe
@@ -30,7 +31,6 @@ ANSWER_TOKENS = {name: 128 for name in NIAH_TASKS} | {"vt": 30, "cwe": 120, "fwe
     name: 32 for name in SOURCES
 }  # fmt: skip
 OFFLINE_TASKS = tuple(name for name in ANSWER_TOKENS if name not in SOURCES)
-EFFECTIVE_PERCENT = 85.6  # Llama-2-7B at 4k tokens: the paper's bar for a length in real use
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Ruler(Task):
     """``num_samples`` of each of ``tasks`` at each of ``lengths``. ValueError on a bad option."""
 
     name: ClassVar[str] = "ruler"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     tasks: tuple[str, ...] = OFFLINE_TASKS
     lengths: tuple[int, ...] = (4096,)  # tokens of prompt and answer
@@ -77,6 +77,10 @@ class Ruler(Task):
             for index, length, task in islice(wanted, limit)
         ]
 
+    def data_fingerprint(self) -> str:
+        questions = [asdict(self._question_sets[task]) for task in sorted(self._question_sets)]
+        return content_id(load_sentences(self.haystack), questions)
+
     @classmethod
     def summaries(cls, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         return {"effective": effective_length(rows)}
@@ -113,6 +117,7 @@ class Ruler(Task):
             references=prompt.references,
             max_new_tokens=answer_tokens,
             question_tokens=prompt.question_tokens(tokenizer),
+            part=f"{task}-{length}",
             meta={
                 "ruler_task": task,
                 "length_target": length,
@@ -141,33 +146,6 @@ class Ruler(Task):
         if task == "vt":
             return vt_recipe(lambda text: len(tokenizer.encode(text)), ANSWER_TOKENS["vt"], number)
         return {"cwe": cwe_recipe, "fwe": fwe_recipe}[task](length, number)
-
-
-def effective_length(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line for each model, policy and budget of RULER ``rows``, as stored in results.
-
-    effective_length: the longest length whose mean score is over 85.6 percent, 0 if none is; the
-    mean is over the samples of a task, then over the tasks that the length has. mean_percent: those
-    means by length; num_tasks: how many tasks every length has, 13 for a complete RULER. Rows with
-    a status other than "ok" are left out.
-    """
-    rows = rows[(rows["task"] == Ruler.name) & (rows["status"] == "ok")]
-    cell = ["model", "policy", "budget"]
-    place = [*cell, "meta_length_target"]
-    by_task = rows.groupby([*place, "meta_ruler_task"], as_index=False)["score"].mean()
-    by_length = by_task.groupby(place, as_index=False).agg(
-        mean=("score", "mean"), num_tasks=("score", "size")
-    )
-    lines = []
-    for names, part in by_length.groupby(cell):
-        percents = dict(zip(part["meta_length_target"], 100 * part["mean"], strict=True))
-        good = [length for length, percent in percents.items() if percent > EFFECTIVE_PERCENT]
-        lines.append(
-            dict(zip(cell, names, strict=True))
-            | {"effective_length": max(good, default=0), "num_tasks": part["num_tasks"].min()}
-            | {"mean_percent": percents}
-        )
-    return pd.DataFrame(lines)
 
 
 # Any: yaml and the command line give what they like.

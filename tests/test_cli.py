@@ -16,7 +16,7 @@ import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
-from kvarena.harness import cell, models, report, run
+from kvarena.harness import models, report, run, run_cell
 from kvarena.harness.config import RunConfig
 from kvarena.harness.registry import choices
 from kvarena.harness.results import CellFolder
@@ -77,7 +77,7 @@ def kvarena(
         argv = ["kvarena", *flags, *overrides, f"results_dir={results}", *rest]
         monkeypatch.setattr(sys, "argv", argv)
         GlobalHydra.instance().clear()
-        cell._load_once.cache_clear()
+        run_cell._held_model.cache_clear()
         capsys.readouterr()
         code = 0
         try:
@@ -105,7 +105,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a run's second goes into tables and pictures."""
-    monkeypatch.setattr(report, "report", lambda paths, results_dir: [])
+    monkeypatch.setattr(report, "report", lambda *arguments, **options: [])
 
 
 def rows_of(results: Path) -> dict[str, list[dict]]:
@@ -309,7 +309,7 @@ def test_the_same_command_again_loads_no_model_and_adds_no_row(
     first = kvarena()
     assert loads == ["toy"]
     before = {path: path.read_bytes() for path in results.glob("runs/**/*.json*")}
-    assert len(before) == 2
+    assert {path.name for path in before} == {"manifest.json", "samples.jsonl", "status.json"}
     second = kvarena()
     assert (first.code, second.code) == (0, 0)
     assert loads == ["toy"]
@@ -345,9 +345,13 @@ def test_a_run_that_was_stopped_goes_on_where_it_stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(CellFolder, "append", stop_after_one)
-        with pytest.raises(KeyboardInterrupt):
-            kvarena()
+        stopped = kvarena()
+    assert stopped.code == 130
+    assert "finished samples are kept. The same command goes on" in stopped.err
+    (path,) = results.glob("runs/**/status.json")
+    assert json.loads(path.read_text())["state"] == "cancelled"
     assert kvarena().code == 0
+    assert json.loads(path.read_text())["state"] == "done"
     (rows,) = rows_of(results).values()
     assert rows[0]["sample_id"] == written[0]
     assert len(set(ids(rows))) == len(rows) == 2
@@ -473,10 +477,11 @@ def test_a_model_folder_is_one_model_from_wherever_it_is_named(
 
 @pytest.mark.usefixtures("no_pictures")
 def test_slots_share_a_folder(kvarena: Command, results: Path) -> None:
-    kvarena("slots=1", "limit=1")
-    assert kvarena("slots=2").code == 0
+    depths = "task.depths=[0,50,100]"
+    kvarena("slots=1", "limit=1", depths)
+    assert kvarena("slots=4", depths).code == 0
     (rows,) = rows_of(results).values()
-    assert [row["slots"] for row in rows] == [1, 2]
+    assert [row["slots"] for row in rows] == [1, 2, 2]  # as many as there were samples
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from kvarena.harness import cell as cells
-from kvarena.harness.cell import Cell, run_cell
+from kvarena.harness import run_cell as cell_runs
+from kvarena.harness.cell import Cell
 from kvarena.harness.engine import Engine
 from kvarena.harness.errors import UsageError
 from kvarena.harness.fidelity import RecallProbe, compare, forced_answers
 from kvarena.harness.models import ModelSpec
 from kvarena.harness.registry import build, choices, load_choice
+from kvarena.harness.run_cell import run_cell
 from kvarena.harness.sampling import Sampling
 from kvarena.policies.base import Policy
 from kvarena.policies.full import Full
@@ -86,9 +87,8 @@ def forced(
         slots=3,
         chunk_tokens=chunk,
         attention="sdpa",
-        identity=lambda: (
-            dict.fromkeys(["model", "dtype", "attention", "device"], "toy") | {"chunk": chunk}
-        ),
+        identity=dict.fromkeys(["model", "dtype", "attention", "device"], "toy")
+        | {"chunk": chunk, "content": {"model": "toy"}},
     )
     found = forced_answers(
         cell,
@@ -447,7 +447,7 @@ def toy_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def toy_cell(files: tuple[Path, Path], policy: str = "keydiff", **changes: Any) -> Cell:
-    cells._load_once.cache_clear()
+    cell_runs._held_model.cache_clear()
     options = {"haystack": str(files[1]), "lengths": [400], "depths": [0, 100]}
     task = {**load_choice("task", "fidelity"), "options": options, "max_tokens": 6}
     settings = {
@@ -478,10 +478,10 @@ def test_rows_have_the_columns_of_every_task_and_the_measures(
     toy_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     cell = toy_cell(toy_files)
-    folder = run_cell(cell, tmp_path)
+    folder = run_cell(cell, tmp_path).path
     assert folder.relative_to(tmp_path).parts[:3] == ("runs", "fidelity-needle", "toy")
     rows = rows_in(folder)
-    inner = run_cell(cell_of_needle(cell), tmp_path)
+    inner = run_cell(cell_of_needle(cell), tmp_path).path
     assert set(rows_in(inner)[0]) <= set(rows[0])
     for row in rows:
         assert (row["task"], row["meta_of"], row["status"]) == ("fidelity-needle", "needle", "ok")
@@ -504,7 +504,7 @@ def test_a_sweep_pays_for_the_full_cache_once_and_goes_on_where_it_stopped(
     toy_files: tuple[Path, Path], tmp_path: Path, runs: list[tuple[str, int]]
 ) -> None:
     run_cell(toy_cell(toy_files, limit=1), tmp_path)
-    folder = run_cell(toy_cell(toy_files), tmp_path)
+    folder = run_cell(toy_cell(toy_files), tmp_path).path
     run_cell(toy_cell(toy_files, "l2norm", question="after", budget=128), tmp_path)
     run_cell(toy_cell(toy_files), tmp_path)
     expected = [("Full", 1), ("KeyDiff", 1), ("Full", 1), ("KeyDiff", 1), ("L2Norm", 2)]
@@ -514,9 +514,9 @@ def test_a_sweep_pays_for_the_full_cache_once_and_goes_on_where_it_stopped(
 
 
 def test_gold_is_forced_as_text(toy_files: tuple[Path, Path], tmp_path: Path) -> None:
-    folder = run_cell(toy_cell(toy_files, task={"reference": "gold"}), tmp_path)
+    folder = run_cell(toy_cell(toy_files, task={"reference": "gold"}), tmp_path).path
     for row in rows_in(folder):
-        assert row["prediction"] == row["reference"][:6]
+        assert row["prediction"] == row["references"][0][:6]
         assert row["task"] == "fidelity-needle-gold"
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from kvarena.harness.errors import UsageError
-from kvarena.harness.results import CellFolder, read_rows
+from kvarena.harness.results import SCHEMA_VERSION, CellFolder
+from kvarena.harness.rows import read_rows
 
 IDENTITY = {
     "task": {"name": "needle", "version": "1", "lengths": [1000]},
@@ -73,7 +74,9 @@ def test_damage_in_the_middle_names_file_and_line(tmp_path: Path, damage: bytes)
     first, _, last = folder.rows_path.read_bytes().splitlines(keepends=True)
     folder.rows_path.write_bytes(first + damage + b"\n" + last)
     for read in (folder.rows, lambda: read_rows([folder.path])):
-        with pytest.raises(UsageError, match=r"samples\.jsonl line 2 is damaged; move the folder"):
+        with pytest.raises(
+            UsageError, match=r"samples\.jsonl line 2 is damaged; run again with repair=true"
+        ):
             read()
 
 
@@ -82,7 +85,7 @@ def test_the_manifest_is_written_once(tmp_path: Path) -> None:
     folder.open({"slots": 8})
     path = folder.path / "manifest.json"
     before, manifest = path.read_bytes(), json.loads(path.read_bytes())
-    assert manifest["identity"] == IDENTITY
+    assert manifest["identity"] == {**IDENTITY, "schema": SCHEMA_VERSION}
     assert manifest["config"] == {"slots": 8}
     assert manifest["run_id"] == folder.run_id
     assert {"started", "argv", "git", "python", "machine", "packages"} <= set(manifest)

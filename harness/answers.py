@@ -1,0 +1,145 @@
+"""Rows of a cell's samples as the engine ends them: generated and scored, or forced."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvarena.harness.cell import Cell
+from kvarena.harness.engine import Engine
+from kvarena.harness.fidelity import forced_answers
+from kvarena.harness.progress import TokenProgress
+from kvarena.harness.provenance import commit_label
+from kvarena.harness.requests import stop_tokens
+from kvarena.harness.sequence import Generation
+from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A cell with what it needs to run; cache_dir: what cells share."""
+
+    cell: Cell
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    cache_dir: Path
+
+    def rows(self, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+        """One finished row per sample, as they end; stops at the first that fails."""
+        produce = _forced_rows if self.cell.task.is_teacher_forced else _answer_rows
+        return produce(self, samples)
+
+    def stop_token_ids(self, sample: Sample) -> set[int]:
+        """The model's own stop tokens, and a newline where the task says so."""
+        stops = set(stop_tokens(self.model))
+        if sample.stop_newline:
+            stops.add(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
+        return stops
+
+
+def _answer_rows(job: Job, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    cell = job.cell
+    engine = Engine(
+        job.model,
+        cell.policy,
+        chunk_tokens=cell.chunk_tokens,
+        slots=cell.slots,
+        attention=cell.attention,
+    )
+    total_tokens = sum(len(s.prompt_token_ids) + s.max_new_tokens for s in samples)
+    with TokenProgress(cell.label, total_tokens) as progress:
+        for generation in engine.generate(
+            [sample.prompt_token_ids for sample in samples],
+            max_new_tokens=[sample.max_new_tokens for sample in samples],
+            budgets=[cell.budget_tokens(sample) for sample in samples],
+            question_tokens=[cell.question_tokens(sample) for sample in samples],
+            stop_token_ids=[job.stop_token_ids(sample) for sample in samples],
+            min_new_tokens=[int(sample.stop_newline) for sample in samples],
+            sampling=cell.sampling,
+            seeds=[int(content_id(cell.seed, sample.id), 16) >> 1 for sample in samples],
+            as_completed=True,
+            on_pass=progress.advance,
+        ):
+            sample = samples[generation.index]
+            row = _row(job, sample, generation, len(samples))
+            if row["status"] == "ok":
+                finished = generation.finish_reason == "stop"
+                row |= score(cell.task, sample, row["prediction"], finished=finished)
+            yield row
+
+
+def _forced_rows(job: Job, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    cell = job.cell
+    for generation, measures in forced_answers(
+        cell,
+        job.model,
+        job.tokenizer,
+        samples,
+        budgets=[cell.budget_tokens(sample) for sample in samples],
+        question_tokens=[cell.question_tokens(sample) for sample in samples],
+        stop_token_ids=[job.stop_token_ids(sample) for sample in samples],
+        cache_dir=job.cache_dir / "fidelity",
+    ):
+        row = _row(job, samples[generation.index], generation, len(samples))
+        yield row | measures if row["status"] == "ok" else row
+
+
+def score(task: Task, sample: Sample, text: str, *, finished: bool) -> dict[str, Any]:
+    """What the task's metrics add to a row; a scorer that fails gives a status and no score."""
+    try:
+        return task.score(sample, text, finished=finished)
+    except Exception as error:  # a scorer's bug must not cost the answer, nor count as zero
+        return {"status": "score_error", "error": f"{type(error).__name__}: {error}"}
+
+
+def settings_of(cell: Cell, sample: Sample) -> dict[str, Any]:
+    """What is known of a row before anything ran; results/README.md is the dictionary."""
+    return {
+        "task": cell.task.name,
+        "task_version": cell.task.version,
+        "model": cell.model.name,
+        "policy": cell.policy_label,
+        "budget": cell.bound.label,
+        "question": cell.question,
+        "chunk": cell.chunk_tokens,
+        "sampling": cell.sampling.label,
+        "dtype": cell.dtype_name,
+        "device": cell.device,
+        "attention": "reference" if cell.policy.needs.attention_mass else cell.attention,
+        "seed": cell.seed,
+        "commit": commit_label(),
+        "sample_id": sample.id,
+        "document": sample.document or sample.id,
+        "part": sample.part,
+        "references": list(sample.references),
+        "prompt_tokens": len(sample.prompt_token_ids),
+        "budget_tokens": cell.budget_tokens(sample) if cell.policy.evicts else None,
+        **{f"meta_{name}": value for name, value in sample.meta.items()},
+    }
+
+
+def _row(job: Job, sample: Sample, generation: Generation, num_samples: int) -> dict[str, Any]:
+    """One tidy row without its score."""
+    text = job.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+    row = {
+        **settings_of(job.cell, sample),
+        "status": "ok",
+        # Half a surrogate pair, which decoders can give, would break every table after.
+        "prediction": text.encode("utf-8", "replace").decode(),
+        "prompt_tokens": generation.prompt_tokens,
+        "generated_tokens": len(generation.token_ids),
+        "finish_reason": generation.finish_reason,
+        "kv_bytes_kept": generation.kv_bytes_kept,
+        "kv_bytes_peak": generation.kv_bytes_peak,
+        "ttft_sec": generation.ttft_sec,
+        "decode_tokens_per_sec": generation.decode_tokens_per_sec,
+        "slots": min(job.cell.slots, num_samples),
+    }
+    if generation.finish_reason == "invalid":
+        row |= {
+            "status": "invalid",
+            "error": f"logits were not finite after {len(generation.token_ids)} new tokens",
+        }
+    return row

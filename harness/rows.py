@@ -1,0 +1,39 @@
+"""Tidy rows of several cells in one frame, one line per sample."""
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kvarena.harness.results import read_lines, read_manifest, read_status
+from kvarena.harness.variants import policy_labels, variants
+
+
+def read_rows(
+    cell_paths: Iterable[Path], only: Mapping[Path, Collection[str]] | None = None
+) -> pd.DataFrame:
+    """Adds to each row the cell's ``variant`` and ``num_planned``; policies get distinct labels.
+
+    only: ids of the samples wanted from each cell; otherwise all its rows, of as many samples as
+    the longest command so far had planned.
+    """
+    paths = list(cell_paths)
+    identities = [read_manifest(path)["identity"] for path in paths]
+    frame = []
+    for path, policy, variant in zip(
+        paths, policy_labels(identities), variants(identities), strict=True
+    ):
+        rows = read_lines(path)
+        planned = read_status(path).get("num_planned", len(rows))
+        if only is not None:
+            rows = [row for row in rows if row["sample_id"] in only[path]]
+            planned = len(only[path])
+        cell = {"policy": policy, "variant": variant, "num_planned": planned}
+        frame += [{**row, **cell, "reference": _as_text(row)} for row in rows]
+    return pd.DataFrame(frame)
+
+
+def _as_text(row: Mapping[str, Any]) -> str:
+    """All right answers in one text, for people who read tables."""
+    return " | ".join(row.get("references", []))

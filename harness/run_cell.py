@@ -1,0 +1,140 @@
+"""Bring one cell's rows up to date: claim its folder, run what is missing, survive what fails."""
+
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvarena.harness import models
+from kvarena.harness.answers import Job, settings_of
+from kvarena.harness.cell import Cell
+from kvarena.harness.errors import UsageError
+from kvarena.harness.models import ModelSpec
+from kvarena.harness.results import CellFolder
+from kvarena.tasks.base import Sample
+
+_GIVE_UP_AFTER = 3  # failures with no success: the next samples would fail as well
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a command leaves in one cell; num_failed: samples without an "ok" row."""
+
+    path: Path
+    sample_ids: frozenset[str]
+    num_failed: int
+
+
+def run_cell(
+    cell: Cell, results_dir: Path, *, fork: bool = False, repair: bool = False, wait: bool = False
+) -> Outcome:
+    """Run the samples without an "ok" row. The model loads only if there are any.
+
+    fork, repair, wait: see open, rows and claimed of CellFolder, which raise UsageError without.
+    """
+    folder = CellFolder(results_dir, cell.identity)
+    tokenizer = models.load_tokenizer(cell.model)
+    samples = cell.samples(tokenizer)
+    planned = frozenset(sample.id for sample in samples)
+    with folder.claimed(wait=wait):
+        rows = folder.rows(repair=repair)
+        done = {row["sample_id"] for row in rows if row["status"] == "ok"}
+        missing = [sample for sample in samples if sample.id not in done]
+        if not missing:
+            print(f"{cell.label}: all {len(samples)} samples are there already")
+            return Outcome(path=folder.path, sample_ids=planned, num_failed=0)
+        folder.open(cell.config, fork=fork)
+        folder.begin(len(samples), Counter(row["status"] for row in rows))
+        num_ok = 0
+        try:
+            job = Job(
+                cell=cell,
+                model=_load_once(cell.model, cell.device, cell.dtype),
+                tokenizer=tokenizer,
+                cache_dir=results_dir / "cache",
+            )
+            for row in _rows_whatever_happens(job, missing):
+                folder.append(row)
+                num_ok += row["status"] == "ok"
+        except BaseException as error:
+            stopped = not isinstance(error, Exception)  # Ctrl-C, or a scheduler that wants us gone
+            folder.write_status("cancelled" if stopped else "failed")
+            raise
+        num_failed = len(missing) - num_ok
+        folder.write_status("failed" if num_failed else "done")
+    if num_failed:
+        print(
+            f"{cell.label}: {num_failed} of {len(samples)} samples failed and are in no score; "
+            "the same command runs them again",
+            file=sys.stderr,
+        )
+    return Outcome(path=folder.path, sample_ids=planned, num_failed=num_failed)
+
+
+def _rows_whatever_happens(job: Job, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    """A row per sample, as they end. Where one fails, those left run one by one.
+
+    Raises the error when the first few samples fail one after the other: then it is not theirs.
+    """
+    left = {sample.id: sample for sample in samples}
+    try:
+        for row in job.rows(samples):
+            del left[row["sample_id"]]
+            yield row
+        return
+    except (UsageError, NotImplementedError):
+        raise  # what cannot be run at all, said before any work
+    except Exception as error:
+        _report_failure(job.cell, error)
+    num_ok, num_failed = len(samples) - len(left), 0
+    for sample in list(left.values()):
+        try:
+            (row,) = job.rows([sample])
+        except Exception as error:
+            num_failed += 1
+            yield failed_row(job.cell, sample, error)
+            if num_failed == _GIVE_UP_AFTER and not num_ok:
+                raise
+        else:
+            num_ok += 1
+            yield row
+
+
+def failed_row(cell: Cell, sample: Sample, error: Exception) -> dict[str, Any]:
+    """A row that says why there is no answer: status oom or error."""
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "can't allocate memory" in str(error)  # how torch says it on the CPU
+    )
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return settings_of(cell, sample) | {"status": "oom" if is_memory else "error", "error": text}
+
+
+def _report_failure(cell: Cell, error: Exception) -> None:
+    """Tell at once, then let go of the frames, which hold the caches of all slots."""
+    print(f"{cell.label}: a sample failed; going on one by one", file=sys.stderr)
+    traceback.print_exception(error, file=sys.stderr)
+    traceback.clear_frames(error.__traceback__)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _load_once(spec: ModelSpec, device: str, dtype: str) -> PreTrainedModel:
+    """Sweeps in one process load a model once; the old one goes before a new one comes."""
+    held, wanted = _held_model(), (spec, device, dtype)
+    if wanted not in held:
+        held.clear()
+        held[wanted] = models.load_weights(spec, device=device, dtype=dtype)
+    return held[wanted]
+
+
+@cache
+def _held_model() -> dict[tuple[ModelSpec, str, str], PreTrainedModel]:
+    """At most one model, for the life of the process."""
+    return {}

@@ -1,0 +1,70 @@
+"""Which settings tell apart cells that carry the same task, model, policy and budget.
+
+Cells that differ in more than those four (chunk size, data type, question, ...) must never be
+averaged. ``variant`` says what differs, for all cells of a task and model alike, so that a policy
+is still compared with the full cache under the same settings.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvarena.harness.results import flat
+
+_OWN_COLUMNS = ("policy.", "budget.", "content.policy")
+_REPEATS = ("seed",)  # several seeds of a cell are repeats of it
+_LONGEST_VALUE = 24
+
+
+def variants(identities: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One text per cell, "" where nothing differs: "chunk=64, question=after"."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    settings = [flat(identity) for identity in identities]
+    for cell in settings:
+        groups.setdefault((cell["task.name"], cell["model.name"]), []).append(cell)
+    varying = {place: _varying(cells) for place, cells in groups.items()}
+    return [
+        ", ".join(
+            f"{_short_name(key, varying[place])}={_short(cell[key])}"
+            for key in varying[place]
+            if key in cell
+        )
+        for cell in settings
+        for place in [(cell["task.name"], cell["model.name"])]
+    ]
+
+
+def policy_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The policy's name, and a hash of its code where one name stands for several versions."""
+    codes: dict[str, set[Any]] = {}
+    settings = [flat(identity) for identity in identities]
+    for cell in settings:
+        codes.setdefault(cell["policy.name"], set()).add(cell.get("content.policy"))
+    return [
+        cell["policy.name"]
+        if len(codes[cell["policy.name"]]) == 1
+        else f"{cell['policy.name']}@{str(cell.get('content.policy'))[:4]}"
+        for cell in settings
+    ]
+
+
+def _varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Settings with more than one value among the cells; one that a cell lacks differs in none."""
+    keys = sorted({key for cell in cells for key in cell})
+    return [
+        key
+        for key in keys
+        if not key.startswith(_OWN_COLUMNS)
+        and key not in _REPEATS
+        and len({str(cell[key]) for cell in cells if key in cell}) > 1
+    ]
+
+
+def _short_name(key: str, keys: Sequence[str]) -> str:
+    """The last part of a dotted name, unless another one ends the same way."""
+    last = key.rpartition(".")[2]
+    return key if sum(other.rpartition(".")[2] == last for other in keys) > 1 else last
+
+
+def _short(value: Any) -> str:  # Any: a JSON value
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
