@@ -8,20 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
 
-from kvarena.tasks.benchmark_data import (
-    DataFile,
-    Field,
-    HubFile,
-    Row,
-    Source,
-    WebFile,
-    is_count,
-    is_text,
-    is_texts,
-    open_source,
-)
-from kvarena.tasks.longbench_metrics import METRIC_OF, has_gold_number
-from kvarena.tasks.longbench_names import base_task
+from kvarena.tasks.benchmark_data import Source, open_source
+from kvarena.tasks.benchmark_downloads import HubFile, WebFile
+from kvarena.tasks.benchmark_rows import DataFile, Field, Row, is_count, is_text, is_texts
+from kvarena.tasks.longbench_metrics import has_gold_number
+from kvarena.tasks.longbench_names import METRIC_OF, base_task
 
 DATA_ZIP = HubFile(
     repo="zai-org/LongBench",

@@ -10,47 +10,21 @@ gives without).
 """
 
 import difflib
-import logging
 import re
-import string
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 
 from rapidfuzz import fuzz
 
-from kvarena.tasks.longbench_names import base_task
+from kvarena.tasks.longbench_names import METRIC_OF, base_task
 from kvarena.tasks.rouge_l import rouge_l
+from kvarena.tasks.token_f1 import chinese_segmenter, token_f1, token_f1_zh
 
 CODE_SIMILARITIES = ("rapidfuzz", "difflib")
 # ROUGE-L recurses once per step below 9 frames of eval.py, one more in Chinese: so many steps fit
 # under Python's default limit of 1000 (measured with CPython 3.11 and rouge 1.0.1).
 MOST_STEPS = {"rouge": 990, "rouge_zh": 989}
-METRICS = {
-    "qa_f1": "narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique triviaqa",
-    "qa_f1_zh": "multifieldqa_zh",
-    "rouge": "gov_report qmsum multi_news samsum",
-    "rouge_zh": "dureader vcsum",
-    "classification": "trec lsht",
-    "count": "passage_count",
-    "retrieval": "passage_retrieval_en passage_retrieval_zh",
-    "code": "lcc repobench-p",
-}
-METRIC_OF = {task: metric for metric, tasks in METRICS.items() for task in tasks.split()}
-NEEDS_JIEBA = tuple(task for task, metric in METRIC_OF.items() if metric.endswith("_zh"))
 FIRST_LINE_ONLY = ("trec", "triviaqa", "samsum", "lsht")
 GOLD_NUMBER = {"passage_retrieval_en": r"Paragraph (\d+)", "passage_retrieval_zh": r"段落(\d+)"}
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-# The official list by code point. It lacks some signs, the opening title mark U+300A for one.
-_CJK_RANGES = """2013-2014 2018-2019 201b-201f 2026-2027 3001-3003 300b-3011 3014-301f 3030-3030
-303e-303f fe4f-fe4f ff01-ff0d ff0f-ff0f ff1a-ff20 ff3b-ff40 ff5b-ff64"""
-CJK_PUNCTUATION = "".join(
-    chr(point)
-    for first, last in (ends.split("-") for ends in _CJK_RANGES.split())
-    for point in range(int(first, 16), int(last, 16) + 1)
-)
-DROP_ASCII = str.maketrans("", "", string.punctuation)
-DROP_ALL = str.maketrans("", "", string.punctuation + CJK_PUNCTUATION)
 
 
 def score_prediction(
@@ -92,8 +66,8 @@ def all_scores(
     if metric in MOST_STEPS:
         return _rouge_scores(metric, prediction, answers)
     score_one: dict[str, Callable[[str], float]] = {
-        "qa_f1": lambda answer: _qa_f1(prediction, answer),
-        "qa_f1_zh": lambda answer: _qa_f1_zh(prediction, answer),
+        "qa_f1": lambda answer: token_f1(prediction, answer),
+        "qa_f1_zh": lambda answer: token_f1_zh(prediction, answer),
         "classification": lambda answer: _classification(task, prediction, answer, all_classes),
         "count": lambda answer: _share_of_numbers(prediction, answer),
         "retrieval": lambda answer: _share_of_numbers(prediction, _gold_number(task, answer)),
@@ -105,50 +79,6 @@ def all_scores(
 def has_gold_number(task: str, answer: str) -> bool:
     """Whether a gold answer of a retrieval task names a paragraph, as all of them must."""
     return re.search(GOLD_NUMBER[task], answer) is not None
-
-
-@lru_cache(maxsize=1)
-def chinese_segmenter() -> Callable[[str], list[str]]:
-    """jieba's words of a text. Raises ValueError with a hint when jieba is not installed."""
-    try:
-        import jieba
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{', '.join(NEEDS_JIEBA)} are scored by words, for which jieba is needed: install it "
-            "with `pip install jieba==0.42.1`, or leave these tasks out"
-        ) from error
-    jieba.setLogLevel(logging.WARNING)
-    # jieba trusts any file named jieba.cache in the temporary folder, even one that is stale or
-    # somebody else's; so the dictionary is read from the package, which takes a second.
-    segmenter = jieba.Tokenizer()
-    segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())
-    segmenter.initialized = True
-    return segmenter.lcut
-
-
-def _qa_f1(prediction: str, answer: str) -> float:
-    return _token_f1(*(ARTICLES.sub(" ", _plain(text)).split() for text in (prediction, answer)))
-
-
-def _plain(text: str) -> str:
-    return text.lower().translate(DROP_ASCII)
-
-
-def _qa_f1_zh(prediction: str, answer: str) -> float:
-    words = chinese_segmenter()
-    cleaned = (
-        ["".join(word.lower().translate(DROP_ALL).split()) for word in words(text)]
-        for text in (prediction, answer)
-    )
-    return _token_f1(*([word for word in text if word] for text in cleaned))
-
-
-def _token_f1(predicted: Sequence[str], wanted: Sequence[str]) -> float:
-    num_same = sum((Counter(predicted) & Counter(wanted)).values())
-    if num_same == 0:
-        return 0.0
-    precision, recall = num_same / len(predicted), num_same / len(wanted)
-    return 2 * precision * recall / (precision + recall)
 
 
 def _rouge_scores(metric: str, prediction: str, answers: Iterable[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The tasks of LongBench and LongBench-E, their categories, and what a choice of tasks can name."""
+"""The tasks of LongBench and LongBench-E: categories, metrics, and what a choice can name."""
 
 import difflib
 from collections.abc import Sequence
@@ -18,6 +18,18 @@ EN_CODE_16 = tuple(task for task in TASKS if task not in CHINESE)
 NOT_IN_E = (*CHINESE, "narrativeqa", "musique", "qmsum")
 E_TASKS = tuple(f"{task}_e" for task in TASKS if task not in NOT_IN_E)
 GROUPS = {"all": TASKS, "en_code16": EN_CODE_16, "e": E_TASKS}
+METRICS = {
+    "qa_f1": "narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique triviaqa",
+    "qa_f1_zh": "multifieldqa_zh",
+    "rouge": "gov_report qmsum multi_news samsum",
+    "rouge_zh": "dureader vcsum",
+    "classification": "trec lsht",
+    "count": "passage_count",
+    "retrieval": "passage_retrieval_en passage_retrieval_zh",
+    "code": "lcc repobench-p",
+}
+METRIC_OF = {task: metric for metric, tasks in METRICS.items() for task in tasks.split()}
+NEEDS_JIEBA = tuple(task for task, metric in METRIC_OF.items() if metric.endswith("_zh"))
 # Rows of the official files; LongBench-E's are not listed, as no copy was at hand to count them.
 NUM_ROWS = dict.fromkeys(TASKS, 200) | {"multifieldqa_en": 150, "lcc": 500, "repobench-p": 500}
 

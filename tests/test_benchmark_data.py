@@ -11,16 +11,9 @@ from pathlib import Path
 import pytest
 
 from kvarena.tasks import benchmark_data
-from kvarena.tasks.benchmark_data import (
-    DataFile,
-    HubFile,
-    Source,
-    WebFile,
-    is_count,
-    is_text,
-    is_texts,
-    open_source,
-)
+from kvarena.tasks.benchmark_data import Source, open_source
+from kvarena.tasks.benchmark_downloads import HubFile, WebFile
+from kvarena.tasks.benchmark_rows import DataFile, is_count, is_text, is_texts
 
 FIELDS = {"text": ("a text", is_text), "num": ("a whole number", is_count)}
 ROWS = [{"text": "línea 1\u2028still line 1", "num": 1}, {"text": "", "num": 2}]
@@ -45,7 +38,7 @@ def zipped(path: Path, members: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def packings(tmp_path: Path) -> list[Path]:
-    """The same file as folder, folder with data/, gzip, and in zips of three layouts."""
+    """The same rows in folders, with data/ and gzip, in zips of three layouts, and as two files."""
     packed = gzip.compress(CONTENT)
     folders = {"a": ("task.jsonl", CONTENT), "b": ("task.jsonl.gz", packed)}
     folders |= {"c": ("data/task.jsonl", CONTENT), "d": ("data/task.jsonl.gz", packed)}
@@ -58,7 +51,10 @@ def packings(tmp_path: Path) -> list[Path]:
         zipped(tmp_path / "f.zip", {"task.jsonl": CONTENT}),
         zipped(tmp_path / "g.zip", {"any/where/task.jsonl.gz": packed}),
     ]
-    return [*(tmp_path / folder for folder in folders), *zips]
+    files = [tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.gz"]
+    for file, content in zip(files, (CONTENT, packed), strict=True):
+        file.write_bytes(content)
+    return [*(tmp_path / folder for folder in folders), *zips, *files]
 
 
 # ---- reading ----
@@ -112,7 +108,8 @@ def test_rows_are_never_taken_from_one_level_up(tmp_path: Path) -> None:
 def test_a_label_has_no_machine_path(packings: list[Path]) -> None:
     labels = [opened(path).label for path in packings]
     assert labels[:4] == ["folder:a", "folder:b", "folder:c", "folder:d"]
-    assert labels[4:] == ["zip:e.zip", "zip:f.zip", "zip:g.zip"]
+    assert labels[4:7] == ["zip:e.zip", "zip:f.zip", "zip:g.zip"]
+    assert labels[7:] == ["file:rows.jsonl", "file:rows.jsonl.gz"]
 
 
 def test_the_sample_comes_with_the_package() -> None:
@@ -196,7 +193,7 @@ def test_what_is_no_source_is_refused_with_every_way(tmp_path: Path) -> None:
     for data, reason in [
         ("hub", "no network here"),
         (str(tmp_path / "nowhere"), "there is no such path"),
-        (str(tmp_path / "text.txt"), "not a folder and not a zip"),
+        (str(tmp_path / "text.txt"), "not a folder, not a zip and not a .jsonl or .jsonl.gz file"),
     ]:
         with pytest.raises(ValueError, match=reason) as refusal:
             open_source(data, "benchmark", no_hub, WAYS)

@@ -17,16 +17,18 @@ from kvarena.tasks import longbench_data
 from kvarena.tasks.base import Sample
 from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
 from kvarena.tasks.longbench import NO_CHAT, LongBench, cut_middle
-from kvarena.tasks.longbench_metrics import METRIC_OF, NEEDS_JIEBA, chinese_segmenter
 from kvarena.tasks.longbench_names import (
     CATEGORIES,
     E_TASKS,
     EN_CODE_16,
+    METRIC_OF,
+    NEEDS_JIEBA,
     NUM_ROWS,
     TASKS,
     base_task,
     chosen_tasks,
 )
+from kvarena.tasks.token_f1 import chinese_segmenter
 
 SAMPLE = SAMPLE_FOLDER / "longbench"
 # ../shared beside the checkout, or wherever the variable says.

@@ -17,15 +17,10 @@ import pytest
 
 from kvarena.tasks import longbench_metrics
 from kvarena.tasks.longbench import score_prediction
-from kvarena.tasks.longbench_metrics import (
-    CJK_PUNCTUATION,
-    METRIC_OF,
-    NEEDS_JIEBA,
-    all_scores,
-    chinese_segmenter,
-)
-from kvarena.tasks.longbench_names import TASKS
+from kvarena.tasks.longbench_metrics import all_scores
+from kvarena.tasks.longbench_names import METRIC_OF, NEEDS_JIEBA, TASKS
 from kvarena.tasks.rouge_l import rouge_l
+from kvarena.tasks.token_f1 import CJK_PUNCTUATION, chinese_segmenter
 
 GOLDEN = Path(__file__).parent / "golden"
 HAS_JIEBA = importlib.util.find_spec("jieba") is not None

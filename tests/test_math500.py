@@ -15,17 +15,13 @@ import pytest
 
 from kvarena.tasks import math_grader
 from kvarena.tasks.base import Sample
-from kvarena.tasks.math500 import (
-    FIELDS,
-    SAMPLE_FILE,
-    Math500,
-    is_correct,
-    last_box,
-    math500_summary,
-    normalised,
-)
+from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
+from kvarena.tasks.math500 import Math500, is_correct, math500_summary
+from kvarena.tasks.math500_data import FIELDS, TEST_FILE, load_problems
+from kvarena.tasks.math_answers import last_box, normalised
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "math500"
+SAMPLE_FILE = SAMPLE_FOLDER / "math500" / "test.jsonl"
 HANGING = r"5^{5^{5^5}}"
 
 # (content of the box, gold answer, equal)
@@ -310,7 +306,7 @@ def test_the_sample_problems_are_right_and_say_that_they_are_samples():
     rows = [json.loads(line) for line in SAMPLE_FILE.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == len({row["unique_id"] for row in rows}) == 20
     for row in rows:
-        assert tuple(row) == FIELDS
+        assert tuple(row) == tuple(FIELDS)
         assert is_correct(row["solution"], row["answer"])
     assert len({row["subject"] for row in rows}) == 7
     assert {row["level"] for row in rows} == {1, 2, 3, 4, 5}

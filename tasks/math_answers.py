@@ -1,0 +1,73 @@
+r"""Whether an answer to a competition problem is right: its last ``\boxed{...}`` against the gold.
+
+Equal text up to spacing and style is equal; what differs is compared by algebra (math_grader.py).
+"""
+
+import re
+
+from kvarena.tasks.math_grader import are_equal
+
+SPACING = re.compile(r"(?<!\\)\\[,;:! ]|\s+|\\q?quad\b|~|(?<!\\)\$")
+STYLE = re.compile(r"\\(?:left|right|displaystyle|degree)(?![a-zA-Z])|\^\{?\\circ\}?|\\[%$]|%")
+TEXT = re.compile(r"\\(?:text(?:bf|it|rm|up)?|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+BASE = re.compile(r"\d_\{?(\d+)\}?$")  # 2516_8: a number written in base 8
+REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\{(\d+)\}")
+
+
+def is_correct(prediction: str, answer: str) -> bool:
+    """Whether the last box of ``prediction``, after its thinking block, equals ``answer``.
+
+    Equal text is equal; math-verify decides the rest. False without a box, with an empty one, or
+    when math-verify does not come to an end within seconds.
+    """
+    box = last_box(prediction)
+    if box is None or not box.strip():
+        return False
+    ours, gold = normalised(box), normalised(answer)
+    if ours == gold or (gold.isalpha() and len(gold) > 1 and ours.casefold() == gold.casefold()):
+        return True
+    bases = [BASE.search(text) for text in (ours, gold)]
+    # math-verify leaves the base out, so 25_7 would equal 25_8.
+    if bases[0] and bases[1] and bases[0][1] != bases[1][1]:
+        return False
+    return are_equal(_for_math_verify(answer), _for_math_verify(box))
+
+
+def last_box(text: str) -> str | None:
+    r"""Content of the last ``\boxed{...}`` with balanced braces after the thinking block.
+
+    None if there is none, or if the text ends inside its thinking block.
+    """
+    _, _, text = text.rpartition("</think>")
+    if "<think>" in text:
+        return None
+    for found in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+        depth = 1
+        # A brace after a backslash is a printed one; two backslashes are a line break.
+        for mark in re.finditer(r"\\.|[{}]", text[found.end() :], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(mark[0], 0)
+            if depth == 0:
+                return text[found.end() : found.end() + mark.start()]
+    return None
+
+
+def normalised(answer: str) -> str:
+    r"""``answer`` without spacing, dollar, percent and degree signs, ``\text{}`` and style."""
+    text, before = answer.replace("{,}", ","), ""
+    while text != before:
+        before, text = text, TEXT.sub(r"\1", text)
+    text = STYLE.sub("", SPACING.sub("", text)).rstrip(".")
+    text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text)
+    return text[1:-1] if re.fullmatch(r"\([A-Z]\)", text) else text  # a choice: (C) is C
+
+
+def _for_math_verify(answer: str) -> str:
+    # math-verify reads 0.\overline{3} as 0.
+    answer = REPEATING.sub(_as_fraction, answer)
+    return re.sub(r"(?<!\\)\$", "", answer).strip().rstrip(".")
+
+
+def _as_fraction(found: re.Match[str]) -> str:
+    whole, fixed, repeated = found.groups()
+    numerator = int(whole + fixed + repeated) - int(whole + fixed or 0)
+    return rf"\frac{{{numerator}}}{{{(10 ** len(repeated) - 1) * 10 ** len(fixed)}}}"
