@@ -50,8 +50,9 @@ def visible_tokens(
             num_queries, num_tokens, dtype=torch.bool, device=key_positions.device
         ).tril(num_tokens - num_queries)[None, None]
     if sliding_window is not None:
-        distance = query_positions[:, None, :, None] - key_positions[:, :, None, :]
-        near = distance < sliding_window
+        # Compared without a difference, which would be eight times the size of the mask.
+        horizon = query_positions[:, None, :, None] - sliding_window
+        near = key_positions[:, :, None, :] > horizon
         mask = near if mask is None else mask & near
     return mask
 

@@ -101,7 +101,8 @@ class Engine:
         forced: one answer per prompt that is fed in place of the model's own (teacher forcing); it
         stands for max_new_tokens and is never stopped.
         budgets: one per prompt, in place of budget_tokens.
-        sampling: greedy if None; each sequence draws from a generator of its own, seeded by seeds.
+        sampling: greedy if None; each sequence draws from a generator of its own, seeded by seeds:
+        equal prompts under one seed for all draw the same answer, so give one seed per prompt.
         stop_token_ids: for all, or one collection per prompt; None: the model's own.
         min_new_tokens: no stop token before so many.
         question_tokens: last tokens of the prompt that the context is compressed without; context

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from kvarena.harness import attention
 from kvarena.harness.attention import AttentionSpec, Kernel
 from kvarena.harness.cache import LayerCache
+from kvarena.harness.errors import UsageError
 from kvarena.harness.rotary import KeyRotator
 from kvarena.harness.sequence import Sequence
 from kvarena.policies.base import LayerView, Policy
@@ -184,7 +185,8 @@ class ForwardPass:
     def _protect(self, run: Run, view: LayerView, scores: Tensor, spec: AttentionSpec) -> Tensor:
         """Scores [S, K, T] with the policy's protected tokens at +inf.
 
-        Tokens that the layer's own sliding window hides from every later query go first.
+        Tokens that the layer's own sliding window hides from every later query go first, protected
+        or not: nothing can ever attend to them.
         """
         positions = view.positions
         assert scores.shape == positions.shape, (
@@ -237,7 +239,7 @@ def arena_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    arena: ForwardPass,
+    arena: ForwardPass | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -255,6 +257,11 @@ def arena_attention(
         raise NotImplementedError(
             f"{type(module).__name__} passes {sorted(unknown) or 'dropout'} to its attention, "
             "which the engine does not know; running on would give wrong results"
+        )
+    if arena is None:
+        raise UsageError(
+            f"{type(module).__name__} does not hand its keyword arguments on to its attention, so "
+            "its model is not supported; use another one"
         )
     spec = AttentionSpec(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,

@@ -65,6 +65,8 @@ def plan_sequences(
     sequences = []
     for index, prompt in enumerate(prompts):
         token_ids = [int(token) for token in prompt] or [_bos_token(model)]
+        if answers[index] is not None and not answers[index]:
+            raise UsageError(f"forced answer {index} is empty; it needs at least one token")
         if lengths[index] < 1:
             raise UsageError(f"max_new_tokens must be >= 1, got {lengths[index]}")
         if not 0 <= questions[index] <= len(token_ids):

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from kvarena.harness.errors import UsageError
 from kvarena.policies.base import at_least_float32
 
+# Models that leave rotary positions out of their full-attention layers without an attribute on the
+# layer that says so (as SmolLM3's use_rope does).
+_UNMARKED_NO_ROPE = ("cohere2", "exaone4")
+
 
 class KeyRotator:
     """Rotates the keys of any layer of one model."""
@@ -26,6 +30,12 @@ class KeyRotator:
             raise UsageError(
                 f"{type(model).__name__} has no rotary embedding, so positions cannot be ranks; "
                 "use policy.reindex=false"
+            )
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type in _UNMARKED_NO_ROPE:
+            raise UsageError(
+                f"some layers of {model_type} have no positions and do not say which, so positions "
+                "cannot be ranks; use policy.reindex=false"
             )
         self._rotary: nn.Module = rotary
         parameters = inspect.signature(rotary.forward).parameters

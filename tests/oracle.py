@@ -69,6 +69,8 @@ def replay(
             moved = _rotate_back(module, query, sink_shifts, rotary)
             logits[..., :num_sinks] = torch.einsum("bhqd,bhkd->bhqk", moved, key[:, :, :num_sinks])
         logits = logits * options["scaling"]
+        if options.get("softcap") is not None:
+            logits = options["softcap"] * (logits / options["softcap"]).tanh()
         visible = masks[module.layer_idx].repeat_interleave(group, dim=0)
         window = options.get("sliding_window")
         if window is not None:

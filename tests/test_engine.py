@@ -10,6 +10,7 @@ from kvarena.harness.registry import build, choices, load_choice
 from kvarena.harness.sampling import Sampling
 from kvarena.policies.full import Full
 from kvarena.policies.keydiff import KeyDiff
+from kvarena.policies.streaming_llm import StreamingLLM
 from toys import VOCAB, toy_model, toy_prompt
 
 POLICIES = choices("policy")
@@ -61,7 +62,8 @@ def test_a_sample_is_the_same_alone_and_among_others_in_any_order(name: str) -> 
         return dict(zip(order, generations, strict=True))
 
     indices = list(range(len(prompts)))
-    alone = run(indices, slots=1)
+    # An engine of its own for each: one whose slots remembered anything would be no yardstick.
+    alone = {index: run([index], slots=1)[index] for index in indices}
     for order in (indices, indices[::-1], [4, 2, 8, 0, 6, 1, 3, 7, 5]):
         among_others = run(order, slots=8)
         for index in indices:
@@ -147,6 +149,79 @@ def test_top_k_of_one_is_greedy() -> None:
         )
     )
     assert sampled.token_ids == greedy.token_ids
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(temperature=1), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(temperature=0.5), [0.7246, 0.1812, 0.0652, 0.0290]),
+        (Sampling(temperature=1, top_k=2), [0.6667, 0.3333, 0, 0]),
+        (Sampling(temperature=1, top_p=0.8), [0.5556, 0.2778, 0.1667, 0]),
+        (Sampling(temperature=1, min_p=0.4), [0.6667, 0.3333, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_with_the_probabilities_asked_for(
+    sampling: Sampling, expected: list[float]
+) -> None:
+    num_draws = 20_000
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(num_draws, -1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor(sampling.choose(logits, [generator] * num_draws))
+    shares = torch.bincount(drawn, minlength=4) / num_draws
+    torch.testing.assert_close(shares, torch.tensor(expected), atol=0.012, rtol=0)
+    assert (shares > 0).tolist() == [share > 0 for share in expected]
+
+
+def test_times_run_from_the_slot_to_the_first_token_and_over_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a clock that ticks once per reading: at admission, and after every deciding pass."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr("kvarena.harness.engine.perf_counter", lambda: float(next(ticks)))
+    engine = Engine(toy_model(), KeyDiff(), budget_tokens=32, chunk_tokens=16, slots=1)
+    first, second = engine.generate([toy_prompt(40), toy_prompt(30)], max_new_tokens=[5, 1])
+    assert (first.ttft_sec, first.decode_tokens_per_sec) == (1, 1)
+    assert (second.ttft_sec, second.decode_tokens_per_sec) == (1, None)
+
+
+def test_bytes_are_those_of_what_is_held() -> None:
+    """Toy Llama: 3 layers of 2 KV heads, 16 channels in float32 and a position of 4 bytes."""
+    engine = Engine(toy_model(), KeyDiff(), budget_tokens=32, chunk_tokens=16, slots=1)
+    per_token = 3 * 2 * (2 * 16 * 4 + 4)
+    long, short = engine.generate([toy_prompt(100), toy_prompt(20)], max_new_tokens=3)
+    assert (long.kv_bytes_kept, long.kv_bytes_peak) == (32 * per_token, 48 * per_token)
+    assert (short.kv_bytes_kept, short.kv_bytes_peak) == (22 * per_token, 22 * per_token)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1)])
+def test_logits_that_are_no_numbers_end_the_answer_as_invalid(
+    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The poisoned sequence alone: its neighbour answers as if nothing had happened."""
+    model, prompts = toy_model(), [toy_prompt(40), toy_prompt(30, seed=1)]
+    options = {"budget_tokens": 32, "chunk_tokens": 16, "slots": 2}
+
+    def answers() -> list:
+        engine = Engine(model, KeyDiff(), **options)
+        return list(engine.generate(prompts, max_new_tokens=4, sampling=sampling))
+
+    untouched = answers()
+    forward = Engine._forward
+
+    def poisoned(engine: Engine, row: list, work: list, rows_wanted: list) -> torch.Tensor:
+        logits = forward(engine, row, work, rows_wanted).clone()
+        deciding = [s for _, s, t in work if s.num_seen + len(t) >= len(s.prompt)]
+        for i, sequence in enumerate(deciding):
+            if sequence.index == 0 and len(sequence.token_ids) == 2:
+                logits[i, 7] = float("nan")
+        return logits
+
+    monkeypatch.setattr(Engine, "_forward", poisoned)
+    broken, neighbour = answers()
+    assert broken.finish_reason == "invalid"
+    assert broken.token_ids == untouched[0].token_ids[:2]
+    assert neighbour.token_ids == untouched[1].token_ids
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -314,6 +389,41 @@ def test_a_model_with_layers_that_are_not_attention_is_refused() -> None:
         list(
             Engine(model, KeyDiff(), budget_tokens=32).generate([toy_prompt(50)], max_new_tokens=4)
         )
+
+
+@pytest.mark.parametrize("model_type", ["stablelm", "nemotron"])
+def test_a_model_that_swallows_keyword_arguments_is_refused(model_type: str) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UsageError, match="does not hand its keyword arguments on"):
+        next(Engine(model, KeyDiff(), budget_tokens=32).generate([[5, 6]], max_new_tokens=2))
+
+
+@pytest.mark.parametrize("model_type", ["cohere2", "exaone4"])
+def test_ranks_are_refused_where_layers_without_positions_cannot_be_told(model_type: str) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    small = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32}
+    heads = {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = CONFIG_MAPPING[model_type](**small, **heads, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UsageError, match="reindex=false"):
+        Engine(model, StreamingLLM(), budget_tokens=32)
+    Engine(model, StreamingLLM(reindex=False), budget_tokens=32)
+
+
+def test_an_empty_forced_answer_is_named() -> None:
+    with pytest.raises(UsageError, match="forced answer 1 is empty"):
+        Engine(toy_model(), Full()).generate([[5], [6]], forced=[[7], []])
 
 
 def test_two_iterators_of_one_engine_do_not_share_a_cache() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from kvarena.harness.engine import Engine
 from kvarena.harness.registry import build, choices, load_choice
-from kvarena.policies.base import LayerView, Policy
+from kvarena.policies.base import LayerView, Needs, Policy
 from kvarena.policies.h2o import H2O
 from kvarena.policies.keydiff import KeyDiff
 from kvarena.policies.l2norm import L2Norm
@@ -176,6 +176,72 @@ def test_snapkv_window_does_not_lift_its_neighbours() -> None:
         attention=in_window.expand(-1, -1, 4, -1),
     )
     assert policy.score(only_window).abs().max() == 0
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+def test_snapkv_sums_queries_averages_the_group_and_pools(pooling: str) -> None:
+    """Against loops over heads and positions, on random attention."""
+    policy = SnapKV(window=4, kernel=5, pooling=pooling)
+    view = view_of(policy)
+    scores = policy.score(view)
+    for s in range(S):
+        for k in range(K):
+            at = {int(position): t for t, position in enumerate(view.positions[s, k])}
+            votes = [
+                float(view.attention[s, k * G : (k + 1) * G, :, at[p]].sum()) / G
+                if p < T - 4
+                else 0
+                for p in range(T)
+            ]
+            for p in range(T):
+                near = [votes[n] if 0 <= n < T else 0 for n in range(p - 2, p + 3)]
+                expected = max(near) if pooling == "max" else sum(near) / 5
+                assert float(scores[s, k, at[p]]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_keydiff_s_median_is_per_channel() -> None:
+    keys = torch.tensor([[0.0, 9], [1, 0], [5, 1], [1, 2], [0, 3]])[None, None]
+    view = LayerView(
+        layer=0, stored_keys=keys, stored_values=keys, positions=torch.arange(5)[None, None]
+    )
+    anchor = torch.tensor([1.0, 2.0])
+    cosines = (keys @ anchor) / (keys.norm(dim=-1) * anchor.norm())
+    torch.testing.assert_close(KeyDiff(anchor="median").score(view), -cosines)
+
+
+class AttentionProbe(Policy):
+    """Keeps everything and the attention rows it is handed after the last pass."""
+
+    evicts, columns = False, ("unused",)
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.views = rows, {}
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(attention_rows=self.rows)
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        self.views[view.layer] = view
+        return view.positions.float()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_attention_rows_are_those_of_the_last_queries(architecture: str) -> None:
+    """Against the attention that transformers itself reports for one pass over the prompt."""
+    model, prompt = toy_model(architecture, dtype=torch.float64), toy_prompt(100)
+    probe = AttentionProbe(rows=5)
+    next(Engine(model, probe, chunk_tokens=16, slots=1).generate([prompt], max_new_tokens=1))
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        attentions = model(torch.tensor([prompt]), output_attentions=True).attentions
+    for layer, weights in enumerate(attentions):
+        view = probe.views[layer]
+        assert torch.equal(view.positions[0, 0], torch.arange(100))
+        torch.testing.assert_close(
+            view.attention, weights[:, :, -5:].double(), atol=1e-6, rtol=1e-5
+        )
 
 
 def test_h2o_adds_up_mass_and_can_divide_by_queries() -> None:

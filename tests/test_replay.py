@@ -14,13 +14,13 @@ PROMPT_LENGTHS = (200, 151, 97)
 
 
 def generate(
-    architecture: str, policy_name: str
+    architecture: str, policy_name: str, budget: int = BUDGET
 ) -> tuple[Engine, list[list[int]], list[Generation]]:
     policy = build(load_choice("policy", policy_name))
     engine = Engine(
         toy_model(architecture),
         policy,
-        budget_tokens=BUDGET,
+        budget_tokens=budget,
         chunk_tokens=CHUNK,
         slots=2,
         attention=kernel_for(architecture),
@@ -67,6 +67,19 @@ def test_engine_equals_a_full_cache_that_hides_the_evicted(
                 if before.positions[0].shape[1] == BUDGET == after.positions[0].shape[1]
             ]
             assert len(evicting) >= 64
+
+
+@pytest.mark.parametrize("policy_name", choices("policy"))
+def test_a_budget_under_the_sliding_window_hides_exactly_what_was_evicted(policy_name: str) -> None:
+    """Mistral's window of 48 is wider than the budget, so evicted tokens would still be in sight.
+
+    With ranks as positions (StreamingLLM) the sinks are moved into the window and must be seen.
+    """
+    engine, prompts, generations = generate("mistral", policy_name, budget=40)
+    for prompt, generation in zip(prompts, generations, strict=True):
+        masks = seen_by_each_query(generation, len(prompt) + NEW_TOKENS - 1)
+        expected = replayed(engine, prompt, generation, masks)
+        assert (generation.logits - expected).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize("policy_name", ["keydiff", "h2o"])

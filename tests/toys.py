@@ -32,6 +32,17 @@ ARCHITECTURES = {
             "query_pre_attn_scalar": 16,
         },
     ),
+    "gemma2": (
+        "gemma2",
+        {
+            # Low caps, so that leaving them out would show.
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 16,
+        },
+    ),
     "phi3": ("phi3", {"sliding_window": None}),
     "gpt_oss": (
         "gpt_oss",
@@ -68,7 +79,7 @@ def toy_model(
 
 def kernel_for(architecture: str) -> str:
     """sdpa wherever it can express the architecture."""
-    return "reference" if architecture == "gpt_oss" else "sdpa"
+    return "reference" if architecture in ("gemma2", "gpt_oss") else "sdpa"
 
 
 def toy_prompt(num_tokens: int, seed: int = 0) -> list[int]:
