@@ -39,5 +39,6 @@ class RunConfig:
     mode: str = "run"  # run | plan (what it would take, without loading the model)
     drift: str = "refuse"  # refuse | fork: same settings, but other data, weights or policy code
     repair: bool = False  # keep the good lines of a damaged samples.jsonl and go on
+    tracker: str = "none"  # none | mlflow | wandb | trackio: gets a copy of every cell's means
     allow_partial: bool = False  # show scores of cells that lack samples
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

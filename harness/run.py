@@ -4,7 +4,9 @@ Exit codes: 0 all is well; 1 something failed (samples, or the program); 2 bad i
 line before any model is loaded; 75 another process writes the cell; 130 Ctrl-C; 143 SIGTERM.
 """
 
+import errno
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -55,7 +57,7 @@ def main() -> None:
             session.code_when_stopped = int(stop.code) if isinstance(stop.code, int) else 1
     except Exception as error:
         if error not in session.errors:
-            _report(error)
+            _report(error, session.results_dir)
             session.errors.append(error)
     if session.code_when_stopped:
         print(
@@ -68,7 +70,11 @@ def main() -> None:
 
         print_plans(session.plans)
     elif session.outcomes:
-        _show(session)
+        try:
+            _show(session)
+        except Exception as error:
+            _report(error, session.results_dir)
+            session.errors.append(error)
     if session.exit_code:
         sys.exit(session.exit_code)
 
@@ -106,7 +112,7 @@ def _hydra_main(session: Session) -> None:
         try:
             return _run(settings, session)
         except Exception as error:
-            _report(error)  # at once: a sweep goes on and would only tell at its end
+            _report(error, session.results_dir)  # at once: a sweep goes on and tells at its end
             session.errors.append(error)
             if os.getpid() != parent:  # a launcher with processes of its own hands errors back
                 raise
@@ -120,10 +126,12 @@ def _run(settings: DictConfig, session: Session) -> str:
     # Imported here: torch takes seconds, and --help or a typo should not wait for it.
     from kvarena.harness.plan import plan_cell
     from kvarena.harness.run_cell import run_cell
+    from kvarena.harness.trackers import check_tracker, track_cell
 
     config: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
     one_of("mode", config["mode"], ["run", "plan"])
     one_of("drift", config["drift"], ["refuse", "fork"])
+    check_tracker(config["tracker"])
     cell = _cell(config)
     session.allow_partial = config["allow_partial"]
     session.results_dir = Path(config["results_dir"])
@@ -141,6 +149,8 @@ def _run(settings: DictConfig, session: Session) -> str:
         wait=in_sweep,
     )
     session.outcomes.append(outcome)
+    if outcome.num_new:
+        track_cell(config["tracker"], outcome.path)
     return str(outcome.path)
 
 
@@ -267,14 +277,18 @@ def _is_usage_error(error: Exception) -> bool:
     return isinstance(error, UsageError | HydraException | OmegaConfBaseException)
 
 
-def _report(error: Exception) -> None:
-    """One line for bad input, a traceback for anything else."""
-    if not _is_usage_error(error):
+def _report(error: Exception, results_dir: Path) -> None:
+    """One line for bad input and for a full disk, a traceback for anything else."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not is_full and not _is_usage_error(error):
         traceback.print_exception(error)
         return
     messages = [str(error)]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         messages.append(str(error.__cause__))
+    if is_full:
+        folder = results_dir if results_dir.is_dir() else Path.cwd()
+        messages.append(f"({shutil.disk_usage(folder).free} bytes free in {folder})")
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
     print(f"error: {' '.join(dict.fromkeys(lines))}", file=sys.stderr, flush=True)
 

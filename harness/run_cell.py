@@ -4,6 +4,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,10 +26,14 @@ _GIVE_UP_AFTER = 3  # failures with no success: the next samples would fail as w
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a command leaves in one cell; num_failed: samples without an "ok" row."""
+    """What a command leaves in one cell.
+
+    num_new: samples it ran; num_failed: those among them without an "ok" row.
+    """
 
     path: Path
     sample_ids: frozenset[str]
+    num_new: int
     num_failed: int
 
 
@@ -45,13 +50,13 @@ def run_cell(
     planned = frozenset(sample.id for sample in samples)
     with folder.claimed(wait=wait):
         rows = folder.rows(repair=repair)
-        done = {row["sample_id"] for row in rows if row["status"] == "ok"}
+        done = {row["sample_id"] for row in rows if row.get("status") == "ok"}
         missing = [sample for sample in samples if sample.id not in done]
         if not missing:
             print(f"{cell.label}: all {len(samples)} samples are there already")
-            return Outcome(path=folder.path, sample_ids=planned, num_failed=0)
+            return Outcome(path=folder.path, sample_ids=planned, num_new=0, num_failed=0)
         folder.open(cell.config, fork=fork)
-        folder.begin(len(samples), Counter(row["status"] for row in rows))
+        folder.begin(len(samples), Counter(str(row.get("status")) for row in rows))
         num_ok = 0
         try:
             job = Job(
@@ -65,7 +70,8 @@ def run_cell(
                 num_ok += row["status"] == "ok"
         except BaseException as error:
             stopped = not isinstance(error, Exception)  # Ctrl-C, or a scheduler that wants us gone
-            folder.write_status("cancelled" if stopped else "failed")
+            with suppress(OSError):  # on a full disk the first error is the one to tell
+                folder.write_status("cancelled" if stopped else "failed")
             raise
         num_failed = len(missing) - num_ok
         folder.write_status("failed" if num_failed else "done")
@@ -75,7 +81,9 @@ def run_cell(
             "the same command runs them again",
             file=sys.stderr,
         )
-    return Outcome(path=folder.path, sample_ids=planned, num_failed=num_failed)
+    return Outcome(
+        path=folder.path, sample_ids=planned, num_new=len(missing), num_failed=num_failed
+    )
 
 
 def _rows_whatever_happens(job: Job, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:

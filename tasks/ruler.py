@@ -5,8 +5,9 @@ https://arxiv.org/abs/2404.06654, with the benchmark's own wording, scoring and 
 
 Differs from the paper: the text that hides needles is public domain (or a folder of yours) and
 starts at a random sentence; keys and values of one prompt all differ; words of more than one part
-are left out; the worked example of cwe shares no word with the question; every prompt is as long
-as its length allows, where the benchmark steps down to a size that fits all.
+are left out; worked examples are new in every prompt and stand in its one user turn, and that of
+cwe shares no word with the question; every prompt is as long as its length allows, where the
+benchmark steps down to a size that fits all.
 """
 
 import re

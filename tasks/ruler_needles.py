@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, pairwise
 
 from wonderwords import RandomWord
 
@@ -62,10 +63,11 @@ def niah_recipe(task: Niah, sentences: Sequence[str], seed: int) -> Recipe:
 
     def with_text(size: int) -> str:
         taken = [sentences[(first + number) % len(sentences)] for number in range(size)]
-        cuts = [size * depth // 100 for depth in depths]
-        for cut, needle in reversed(list(zip(cuts, needles, strict=True))):
-            taken.insert(cut, needle)
-        return " ".join(taken)
+        cuts = [0, *(size * depth // 100 for depth in depths), size]
+        stretches = [" ".join(taken[start:end]) for start, end in pairwise(cuts)]
+        # An empty stretch keeps the spaces around it, as in the benchmark.
+        before = zip(stretches[:-1], needles, strict=True)
+        return " ".join([*chain.from_iterable(before), stretches[-1]])
 
     def in_lines(size: int) -> str:
         while task.haystack == "needles" and len(distractors) < size:

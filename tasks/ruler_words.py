@@ -36,8 +36,10 @@ def vt_recipe(count_tokens: Callable[[str], int], answer_tokens: int, seed: int)
 
     least_tokens = tokens(recipe.make(recipe.smallest))
     example = recipe.fitted(tokens, max(EXAMPLE_TOKENS, least_tokens))
-    answered = example.user_text + example.prefix + " ".join(example.references)
-    return _chain_recipe(answered + "\n\n", 5, rng)
+    # Two spaces before the names (one ends the prefix) and three empty lines after them: the
+    # benchmark puts both twice.
+    answered = f"{example.user_text}{example.prefix} {' '.join(example.references)}\n\n\n\n"
+    return _chain_recipe(answered, 5, rng)
 
 
 def _chain_recipe(example: str, num_letters: int, rng: random.Random) -> Recipe:
@@ -52,11 +54,12 @@ def _chain_recipe(example: str, num_letters: int, rng: random.Random) -> Recipe:
     seed = rng.getrandbits(64)
 
     def make(size: int) -> Prompt:
-        lines = [NOISE] * size
+        lines = [f"{NOISE}\n"] * size
         cuts = random.Random(f"{seed} {size}").sample(range(size), len(steps))
+        # A step shares the line of the noise after it, and all but the first end in a space.
         for cut, step in sorted(zip(sorted(cuts), steps, strict=True), reverse=True):
-            lines.insert(cut, step)
-        context = "\n".join(lines)
+            lines.insert(cut, step if step is steps[0] else f"{step} ")
+        context = " ".join(lines)
         return Prompt.worded(
             VARIABLE_TRACKING,
             context,

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import pandas as pd
 import pytest
 import torch
-import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from kvarena.harness import models, report, run, run_cell
 from kvarena.harness.config import RunConfig
-from kvarena.harness.registry import choices
+from kvarena.harness.registry import build, choices
 from kvarena.harness.results import CellFolder
 from toy_folder import CONTEXT_TOKENS, toy_overrides
 
@@ -492,11 +493,13 @@ def test_changed_options_are_in_the_label(kvarena: Command, results: Path) -> No
 
 
 @pytest.mark.parametrize("name", choices("experiment"))
-def test_every_experiment_can_be_composed(name: str, kvarena: Command) -> None:
-    outcome = kvarena("--cfg=job", f"experiment={name}")
-    assert (outcome.code, outcome.err) == (0, "")
-    settings = yaml.safe_load(outcome.out)
+def test_every_experiment_can_be_composed(name: str) -> None:
+    GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    with initialize_config_module("kvarena.conf", version_base="1.3"):
+        settings = compose("config", overrides=[f"experiment={name}"])
     assert set(settings) <= {setting.name for setting in fields(RunConfig)}
+    build(settings.task)
 
 
 def test_an_impossible_cell_does_not_stop_a_sweep(kvarena: Command, results: Path) -> None:

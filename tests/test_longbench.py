@@ -254,6 +254,16 @@ def test_ids_depend_on_the_row_alone() -> None:
     assert {s.id for s in samples(tasks="lcc", max_length=50, code_similarity="difflib")} < every
 
 
+def test_a_sample_names_its_task_and_the_context_it_shares(tmp_path: Path) -> None:
+    assert all(sample.part == sample.meta["dataset"] for sample in samples())
+    first, second = samples(tasks="qasper")
+    assert first.document != second.document
+    context = rows_of(SAMPLE, "qasper")[0]["context"]
+    first, second = samples(tasks="qasper", data=str(copied(tmp_path / "lb", context=context)))
+    assert first.document == second.document
+    assert first.id != second.id
+
+
 def test_rows_say_that_they_are_a_sample_and_not_the_benchmark(tmp_path: Path) -> None:
     for sample in samples():
         assert sample.meta["is_sample"]

@@ -1,23 +1,25 @@
 """MATH-500: which answers count, how they are asked, and what becomes of an answer that hangs."""
 
 import gzip
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from kvarena.tasks import math_grader
+from kvarena.tasks import math500_data, math_grader
 from kvarena.tasks.base import Sample
 from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
 from kvarena.tasks.math500 import Math500, is_correct, math500_summary
-from kvarena.tasks.math500_data import FIELDS, TEST_FILE, load_problems
+from kvarena.tasks.math500_data import FIELDS
 from kvarena.tasks.math_answers import last_box, normalised
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "math500"
@@ -298,6 +300,9 @@ def test_each_repeat_of_a_problem_is_a_sample_of_its_own():
     assert len({s.id for s in found}) == len(found) == 60
     assert len({s.prompt_token_ids for s in found}) == 20
     assert [s.meta["repeat"] for s in found] == [0] * 20 + [1] * 20 + [2] * 20
+    assert [s.document for s in found] == [s.document for s in found[:20]] * 3
+    assert len({s.document for s in found}) == 20
+    assert {s.part for s in found} == {""}
     once = Math500(data="sample").samples(CharTokenizer(), 5)
     assert [s.id for s in once] == [s.id for s in found[:20]]
 
@@ -321,16 +326,17 @@ ROW = {
 }  # fmt: skip
 
 
-def test_data_comes_from_a_file_a_folder_or_gzip(tmp_path):
+def test_data_comes_from_a_file_of_any_name_a_folder_a_zip_or_gzip(tmp_path):
     text = json.dumps(ROW) + "\n"
-    (tmp_path / "test.jsonl").write_text(text, encoding="utf-8")
+    for name in ("test.jsonl", "mine.jsonl"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
     packed = tmp_path / "packed" / "test.jsonl.gz"
     packed.parent.mkdir()
     packed.write_bytes(gzip.compress(text.encode()))
-    ids = {
-        Math500(data=str(path)).samples(CharTokenizer(), 0)[0].id
-        for path in (tmp_path, tmp_path / "test.jsonl", packed, packed.parent)
-    }
+    with zipfile.ZipFile(tmp_path / "any.zip", "w") as archive:
+        archive.writestr("math/test.jsonl", text)
+    names = (".", "test.jsonl", "mine.jsonl", "packed", "packed/test.jsonl.gz", "any.zip")
+    ids = {Math500(data=str(tmp_path / n)).samples(CharTokenizer(), 0)[0].id for n in names}
     assert len(ids) == 1
     (found,) = Math500(data=str(tmp_path)).samples(CharTokenizer(), 0)
     assert found.meta["is_sample"] is False
@@ -343,7 +349,7 @@ def test_data_comes_from_a_file_a_folder_or_gzip(tmp_path):
         ([json.dumps(ROW | {"answer": ""})], r"test\.jsonl line 1.*'answer'"),
         ([json.dumps(ROW | {"level": "one"})], r"test\.jsonl line 1.*'level'"),
         ([json.dumps({"problem": "1+1?"})], r"test\.jsonl line 1.*'solution'"),
-        ([json.dumps(ROW), json.dumps(ROW)], "unique_id"),
+        ([json.dumps(ROW), json.dumps(ROW)], "test.jsonl has several rows .* unique_id 'a'"),
         ([], "test.jsonl"),
     ],
 )
@@ -357,6 +363,28 @@ def test_bad_data_is_named(tmp_path, lines, message):
 def test_missing_data_comes_with_every_way_to_get_it(tmp_path):
     with pytest.raises(ValueError, match=r"absent.*hub.*sample"):
         Math500(data=str(tmp_path / "absent")).samples(CharTokenizer(), 0)
+
+
+def test_a_folder_without_the_file_comes_with_every_way_to_get_it(tmp_path):
+    with pytest.raises(ValueError, match=r"no test\.jsonl or test\.jsonl\.gz in .*hub.*sample"):
+        Math500(data=str(tmp_path)).samples(CharTokenizer(), 0)
+
+
+def test_the_hub_gives_the_pinned_file(tmp_path, monkeypatch):
+    (tmp_path / "test.jsonl").write_text(json.dumps(ROW), encoding="utf-8")
+    monkeypatch.setattr(math500_data.HubFile, "fetch", lambda file: tmp_path / file.name)
+    (found,) = Math500(data="hub").samples(CharTokenizer(), 0)
+    assert found.references == ("2",)
+    assert found.meta["is_sample"] is False
+
+
+def test_offline_the_message_has_every_way_to_get_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"data 'hub' cannot be read.*Ways to get MATH-500"
+    ) as found:
+        Math500(data="hub").samples(CharTokenizer(), 0)
+    assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize("options", [{"num_samples": 0}, {"max_new_tokens": "many"}])
@@ -398,6 +426,8 @@ def test_the_summary_averages_over_repeats_then_problems():
 def test_all_gold_answers_equal_themselves_and_no_different_neighbour():
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there")
+    content = (SHARED / "test.jsonl").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == math500_data.TEST_FILE.sha256
     found = Math500(data=str(SHARED)).samples(CharTokenizer(), 0)
     golds = [s.references[0] for s in found]
     assert len(golds) == 500

@@ -68,6 +68,11 @@ def test_a_sample_does_not_depend_on_the_rest_of_the_grid(folder):
     assert alone[0].id in {s.id for s in all_of_them}
 
 
+def test_samples_share_no_document_and_have_no_parts(folder):
+    _, found = samples(folder, lengths=[200, 300], num_seeds=2)
+    assert {(s.document, s.part) for s in found} == {("", "")}
+
+
 def test_samples_start_at_different_sentences(folder):
     tokenizer, found = samples(folder, lengths=[200], depths=[100], num_seeds=10)
     intro = len(tokenizer.encode("Read the text and remember the special magic number in it."))

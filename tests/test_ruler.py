@@ -11,11 +11,23 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from kvarena.tasks.base import Sample
-from kvarena.tasks.ruler import ANSWER_TOKENS, OFFLINE_TASKS, Ruler, effective_length
-from kvarena.tasks.ruler_documents import SOURCES
-from kvarena.tasks.ruler_needles import NIAH_TASKS, word_list
-from kvarena.tasks.ruler_prompts import NOISE, Prompt, Recipe
+from kvarena.tasks.base import Sample, content_id
+from kvarena.tasks.ruler import ANSWER_TOKENS, OFFLINE_TASKS, Ruler
+from kvarena.tasks.ruler_documents import DOCUMENT, SOURCES
+from kvarena.tasks.ruler_effective import effective_length
+from kvarena.tasks.ruler_needles import NIAH_TASKS, niah_recipe, word_list
+from kvarena.tasks.ruler_prompts import (
+    COMMON_WORDS,
+    FREQUENT_WORDS,
+    NEEDLE,
+    NIAH,
+    NOISE,
+    QUESTION_ANSWERING,
+    SINGULAR,
+    VARIABLE_TRACKING,
+    Prompt,
+    Recipe,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "ruler" / "4096"
 LENGTH = 1500
@@ -85,6 +97,14 @@ def test_the_same_arguments_give_the_same_samples_in_the_same_order(folder):
     assert len({s.id for s in again}) == 22
 
 
+def test_the_part_of_a_sample_is_its_task_at_its_length(folder):
+    found = made(folder, "vt", "niah_single_2", lengths=[LENGTH, 1200], num_samples=2)
+    assert {m.sample.part for m in found} == {
+        "vt-1500", "vt-1200", "niah_single_2-1500", "niah_single_2-1200"
+    }  # fmt: skip
+    assert {m.sample.document for m in found} == {""}
+
+
 def test_a_sample_does_not_depend_on_what_else_is_asked_for(folder):
     everything = made(folder, lengths=[LENGTH, 1200], num_samples=2)
     (alone,) = made(folder, "vt", lengths=[1200], num_samples=1)
@@ -131,7 +151,8 @@ def test_the_answer_is_begun_after_the_turn(folder, template):
 def test_the_question_tokens_are_what_follows_the_context(folder, template):
     for m in made(folder, num_samples=1, template=template):
         niah = m.sample.meta["ruler_task"] in NIAH_TASKS
-        assert m.question.startswith("\nWhat " if niah else "\nQuestion: "), m.question
+        # Spaces and newlines that end the context may share a token with the question.
+        assert re.match(r"\s*\nWhat " if niah else r"\s*\nQuestion: ", m.question), m.question
         assert m.text.endswith(m.question)
         for reference in m.sample.references:
             assert reference in m.context
@@ -194,6 +215,17 @@ def test_depths_are_the_share_of_the_context_before_each_answer(folder):
             assert depth == pytest.approx(100 * context.index(answer) / len(context), abs=0.1)
 
 
+def test_a_needle_at_an_end_of_the_text_keeps_the_space_beyond_it():
+    """As in the benchmark, whose empty stretches of text are joined like the others."""
+    recipes = [niah_recipe(NIAH_TASKS["niah_single_2"], ["A.", "B."], seed) for seed in range(300)]
+    contexts = [recipe.make(2).context for recipe in recipes]
+    shapes = {re.sub(r"One of .*? is: \d+\.", "N", context) for context in contexts}
+    assert shapes == {f"{a} {b}" for a, b in [("A. N", "B."), ("B. N", "A.")]} | {
+        f"{a}{b}"
+        for a, b in [(" N ", "A. B."), (" N ", "B. A."), ("A. B.", " N "), ("B. A.", " N ")]
+    }
+
+
 def test_text_starts_at_different_sentences(folder):
     found = made(folder, "niah_single_2", num_samples=10)
     assert len({re.search(r"Line \d+ says", m.context)[0] for m in found}) > 5
@@ -206,10 +238,10 @@ def test_vt_hides_one_chain_and_shows_another_with_its_answer(folder):
     for m in made(folder, "vt"):
         example, task = m.context.split("\n\nMemorize and track", maxsplit=1)
         for text, names, letters in (
-            (example, re.search(r"they are: ([A-Z ]+)$", example)[1].split(), 3),
+            (example, re.search(r"they are:  ([A-Z ]+)\n\n$", example)[1].split(), 3),
             (task, m.sample.references, 5),
         ):
-            lines = re.findall(r"VAR [A-Z]+ = .*", text)
+            lines = re.findall(r"VAR [A-Z]+ = (?:VAR )?(?:[A-Z]+|\d+)", text)
             value = lines[0].split()[-1]
             assert re.fullmatch(r"[1-9]\d{4}", value)
             assert lines == [
@@ -220,6 +252,20 @@ def test_vt_hides_one_chain_and_shows_another_with_its_answer(folder):
             assert {len(name) for name in names} == {letters}
             assert f"assigned the value {value} in the text above" in text + m.question
         assert len(example.split()) <= 500
+
+
+def test_a_step_of_vt_shares_the_line_of_the_noise_after_it(folder):
+    """As in the benchmark: parts that are joined by spaces, the noise with its own line end."""
+    for m in made(folder, "vt", template=None):
+        text = re.sub(r"VAR [A-Z]+ = (VAR )?([A-Z]+|\d{5})", r"VAR A = \1B", m.text)
+        for part in text.split("\n\n\n\nMemorize"):
+            context = part.split("hidden in the following text.\n\n")[1].split("Question")[0]
+            assert context.endswith(f"{NOISE}\n\n")
+            first, *lines = context.removesuffix("\n\n").split("\n")
+            steps = rf"(VAR A = B )?(VAR A = VAR B  )*{re.escape(NOISE)}"
+            assert re.fullmatch(steps, first)
+            assert all(re.fullmatch(f" {steps}", line) for line in lines)
+            assert context.count("VAR A") == 5
 
 
 # ---- counting words ----
@@ -470,12 +516,71 @@ def test_words_are_single_and_many():
     assert all(re.fullmatch("[A-Za-z]+", word) for word in word_list("noun"))
 
 
+WORDINGS = dict.fromkeys(NIAH_TASKS, NIAH) | dict.fromkeys(SOURCES, QUESTION_ANSWERING)
+WORDINGS |= {"vt": VARIABLE_TRACKING, "cwe": COMMON_WORDS, "fwe": FREQUENT_WORDS}
+
+
+def fixed_text(task: str, num_answers: int) -> str:
+    """A pattern for a whole prompt of the benchmark without a chat template."""
+    wording = "".join(WORDINGS[task])
+    if task in NIAH_TASKS and num_answers == 1:
+        for plural, singular in SINGULAR:
+            wording = wording.replace(plural, singular)
+    pattern = re.sub(r"\\{\w+\\}", ".+", re.escape(wording))
+    example = {"vt": rf"{pattern} [A-Z ]+\n{{4}}", "cwe": rf"{pattern}1\..+\n"}
+    return example.get(task, "") + pattern
+
+
+@pytest.mark.parametrize("task", WORDINGS)
+def test_a_prompt_is_the_wording_filled_in(folder, qa_files, task):
+    for m in made(folder, task, template=None, qa_file=qa_files, lengths=[1200]):
+        pattern = fixed_text(task, len(m.sample.references))
+        assert re.fullmatch(pattern, m.text, re.DOTALL)
+
+
+def test_the_wording_is_the_one_that_was_compared_with_the_benchmark():
+    """With copies of NVIDIA/RULER's generators and with lm-eval 0.4.13, whose text was equal.
+
+    Who changes a word changes the benchmark: compare again, and change the task's version.
+    """
+    wordings = (NIAH, SINGULAR, VARIABLE_TRACKING, COMMON_WORDS, FREQUENT_WORDS, QUESTION_ANSWERING)
+    found = [content_id(wording) for wording in (*wordings, NEEDLE, NOISE, DOCUMENT)]
+    assert found == [
+        "821403091850aa54",
+        "7339affa377f514e",
+        "7d3f73f16be284b0",
+        "5ac0a3d6f38de8bb",
+        "db6220cde276410f",
+        "e9924d87da70f289",
+        "e187b16bcd8175fa",
+        "c513cca3e11ed5a7",
+        "de3560caad9512b9",
+    ]
+
+
+def published_files() -> list[Path]:
+    files = sorted(SHARED.glob("*.jsonl.gz"))
+    if not files:
+        pytest.skip(f"{SHARED} has no files")
+    return files
+
+
 @pytest.mark.shared_data
-def test_wording_and_layout_are_those_of_a_published_file(folder):
-    path = SHARED / "niah_multikey_3.jsonl.gz"
-    if not path.is_file():
-        pytest.skip(f"{path} is not there")
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
+def test_published_prompts_are_our_wording_filled_in():
+    for path in published_files():
+        task = path.name.removesuffix(".jsonl.gz")
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        assert rows
+        for row in rows:
+            assert re.fullmatch(fixed_text(task, len(row["outputs"])), row["input"], re.DOTALL)
+
+
+@pytest.mark.shared_data
+def test_a_published_haystack_of_needles_has_our_layout(folder):
+    if SHARED / "niah_multikey_3.jsonl.gz" not in published_files():
+        pytest.skip("niah_multikey_3 is not there")
+    with gzip.open(SHARED / "niah_multikey_3.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines][:20]
     (ours,) = made(folder, "niah_multikey_3", template=None, num_samples=1)
     # The same text once the random parts are blanked and the haystack is cut to three needles.
@@ -498,6 +603,6 @@ def test_the_real_tokenizer_gives_full_prompts():
         assert 2000 - 171 < sample.meta["length_tokens"] <= 2000
         assert len(sample.prompt_token_ids) + sample.max_new_tokens == sample.meta["length_tokens"]
         question = tokenizer.decode(list(sample.prompt_token_ids[-sample.question_tokens :]))
-        assert question.startswith(("\nWhat", "\nQuestion"))
+        assert question.lstrip().startswith(("What", "Question"))
         text = tokenizer.decode(list(sample.prompt_token_ids))
         assert all(reference in text for reference in sample.references)

@@ -1,0 +1,115 @@
+"""What became of every cell of a results folder: done, failed, missing, and what still runs.
+
+``python -m kvarena.harness.status <results_dir>``; ``make status``. Planned cells (``mode=plan``)
+without a row are the missing ones.
+"""
+
+import fcntl
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from kvarena.harness.errors import UsageError
+from kvarena.harness.results import read_lines, read_status
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellStatus:
+    """state: done | failed | running | stopped (killed or cancelled) | missing.
+
+    num_failed: by row status (oom, error, invalid, score_error).
+    """
+
+    path: Path
+    state: str
+    num_ok: int
+    num_planned: int
+    num_failed: Counter[str]
+    updated: str
+
+    @property
+    def label(self) -> str:
+        """Task, model and folder of the cell."""
+        return "/".join(self.path.parts[-3:])
+
+
+def cell_statuses(results_dir: Path) -> list[CellStatus]:
+    """Of all cells below ``results_dir``. Raises UsageError if there are none."""
+    paths = sorted(path.parent for path in (results_dir / "runs").glob("*/*/*/status.json"))
+    if not paths:
+        raise UsageError(
+            f"no cells in {results_dir}: run something first, or add mode=plan to a command to see "
+            "what it would take"
+        )
+    return [_cell_status(path) for path in paths]
+
+
+def _cell_status(path: Path) -> CellStatus:
+    noted = read_status(path)
+    counts = Counter(str(row.get("status")) for row in read_lines(path))
+    num_ok = counts.pop("ok", 0)
+    state = str(noted["state"])
+    if not num_ok and not counts and state in ("planned", "cancelled"):
+        state = "missing"
+    elif state == "running":
+        state = "running" if _is_locked(path) else "stopped"
+    elif state == "cancelled":
+        state = "stopped"
+    elif counts or num_ok < noted["num_planned"]:
+        state = "failed" if counts else "stopped"
+    return CellStatus(
+        path=path,
+        state=state,
+        num_ok=num_ok,
+        num_planned=noted["num_planned"],
+        num_failed=counts,
+        updated=str(noted["updated"]),
+    )
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a living process writes the cell: its lock ends with it, whatever killed it."""
+    with (path / ".lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def print_statuses(statuses: Sequence[CellStatus]) -> None:
+    """A line per cell that is not done, and a count of all."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("cell", overflow="fold")
+    for name in ("state", "ok", "failed", "updated"):
+        table.add_column(name, justify="right")
+    for cell in statuses:
+        if cell.state != "done":
+            failed = ", ".join(f"{n} {name}" for name, n in sorted(cell.num_failed.items()))
+            ok = f"{cell.num_ok}/{cell.num_planned}"
+            table.add_row(cell.label, cell.state, ok, failed or "-", cell.updated)
+    console = Console(highlight=False)
+    console.width = max(console.width, 100)
+    if table.row_count:
+        console.print(table)
+    counts = Counter(cell.state for cell in statuses)
+    print(", ".join(f"{num} {state}" for state, num in sorted(counts.items())))
+
+
+def main() -> None:
+    """The argument is a results folder."""
+    try:
+        print_statuses(cell_statuses(Path(sys.argv[1])))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
