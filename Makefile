@@ -36,6 +36,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #= DTYPE      float32, bfloat16
 #= ATTENTION  kernel of the attention
 #= RESULTS    folder for rows; cells that are complete there are skipped
+#= TASK       for make plan: whose cells, needle if not given
 #= ARGS       more Hydra overrides, separated by spaces: ARGS='policy.sinks=8 hydra.verbose=true'
 #: PYTHON     interpreter that makes .venv, 3.11 or newer; a different version rebuilds .venv
 #: EXTRAS     optional parts to install: flash (attention=flash; needs a CUDA toolkit)
@@ -47,7 +48,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #> make needle LIMIT=2 ARGS='policy.recent=64'          anything else Hydra understands
 
 RUN_VARIABLES := POLICY BUDGET MODEL LENGTHS DEPTHS HAYSTACK TASKS DATA MAX_LENGTH MAX_TOKENS \
-  SAMPLES QA_FILE OF QUESTION LIMIT SEED SLOTS CHUNK DEVICE DTYPE ATTENTION RESULTS ARGS
+  SAMPLES QA_FILE OF QUESTION LIMIT SEED SLOTS CHUNK DEVICE DTYPE ATTENTION RESULTS TASK ARGS
 KNOWN := $(RUN_VARIABLES) PYTHON EXTRAS CONFIRM
 
 # Emptied here, so that only the command line sets them: a MODEL or DEVICE that the shell happens to
@@ -72,7 +73,14 @@ $(error $(QUOTED) holds a single quote, which cannot be passed on safely; leave 
 endif
 
 MISPLACED := $(filter $(RUN_VARIABLES),$(GIVEN))
-RUN_TARGETS := demo needle longbench math500 ruler fidelity
+RUN_TARGETS := demo needle longbench math500 ruler fidelity plan
+RESULTS_TARGETS := status table report rescore
+ifneq ($(filter $(RESULTS_TARGETS),$(MAKECMDGOALS)),)
+MISPLACED := $(filter-out RESULTS,$(MISPLACED))
+endif
+ifneq ($(filter reference-%,$(MAKECMDGOALS)),)
+MISPLACED := $(filter-out DATA,$(MISPLACED))
+endif
 ifeq ($(filter $(RUN_TARGETS) help,$(or $(MAKECMDGOALS),help)),)
 ifneq ($(MISPLACED),)
 $(error $(MISPLACED): only for $(RUN_TARGETS), not for `make $(MAKECMDGOALS)`)
@@ -85,6 +93,7 @@ endif
 option = $(if $2,'$1=$2')
 option_list = $(if $2,'$1=[$2]')
 OVERRIDES = $(strip \
+  $(call option,task,$(value TASK)) \
   $(call option,policy,$(patsubst all,glob(*),$(value POLICY))) \
   $(call option,budget,$(value BUDGET)) \
   $(call option,model,$(value MODEL)) \
@@ -115,8 +124,8 @@ OVERRIDES = $(strip \
 help: ## this page
 	@$(foreach name,$(KNOWN),VALUE_$(name)='$(value $(name))') awk ' \
 	  /^##@ / { targets = targets "\n" substr($$0, 5) ":\n" } \
-	  /^[a-z-]+:.* ## / { name = text = $$0; sub(/:.*/, "", name); sub(/.* ## /, "", text); \
-	    targets = targets sprintf("  make %-14s %s\n", name, text) } \
+	  /^[a-z0-9-]+:.* ## / { name = text = $$0; sub(/:.*/, "", name); sub(/.* ## /, "", text); \
+	    targets = targets sprintf("  make %-19s %s\n", name, text) } \
 	  /^#[=:] [A-Z]/ { value = ENVIRON["VALUE_" $$2]; text = substr($$0, 15); \
 	    line = sprintf("  %-10s %-10s %s\n", $$2, value == "" ? "-" : value, text); \
 	    if ($$1 == "#=") run = run line; else other = other line } \
@@ -167,10 +176,59 @@ ruler: .venv/.stamp ## RULER, generated offline
 fidelity: .venv/.stamp ## how far a policy moves the model from its full cache, per token
 	.venv/bin/kvarena --multirun task=fidelity $(OVERRIDES)
 
+.PHONY: plan
+plan: .venv/.stamp ## cells, samples, tokens, KV memory and time of such a command: TASK=longbench POLICY=...
+	.venv/bin/kvarena --multirun mode=plan $(OVERRIDES)
+
+##@ Results
+
+FROM = $(or $(value RESULTS),results)
+
+.PHONY: status
+status: .venv/.stamp ## which cells are done, failed, running or missing
+	@.venv/bin/python -m kvarena.harness.status '$(FROM)'
+
+.PHONY: table
+table: .venv/.stamp ## all rows as Parquet and CSV; tables for papers in Markdown and LaTeX
+	@.venv/bin/python -m kvarena.harness.paper_tables '$(FROM)'
+
+.PHONY: report
+report: .venv/.stamp ## one HTML page with every picture and table, to open without network
+	@.venv/bin/python -m kvarena.harness.html_report '$(FROM)'
+
+.PHONY: rescore
+rescore: .venv/.stamp ## score stored answers again, without a model; nothing is overwritten
+	@.venv/bin/python -m kvarena.harness.rescore '$(FROM)'
+
+##@ Recorded runs (results/reference and results/anatomy)
+
+REFERENCE := .venv/bin/python -m kvarena.harness.reference results
+RUN_ALL := .venv/bin/kvarena --multirun 'policy=glob(*)'
+
 .PHONY: reference
 reference: .venv/.stamp ## the runs behind the README's table and picture: about 10 minutes
-	.venv/bin/kvarena --multirun experiment=reference_needle 'policy=glob(*)' budget=256,512
-	.venv/bin/python -m kvarena.harness.reference results
+	$(RUN_ALL) experiment=reference_needle budget=256,512
+	$(REFERENCE) needle
+
+.PHONY: reference-longbench
+reference-longbench: .venv/.stamp ## LongBench and its fidelity, DATA=folder: an hour or two on two cores
+	$(RUN_ALL) experiment=reference_longbench budget=512,1k $(call option,task.data,$(value DATA))
+	$(RUN_ALL) experiment=reference_fidelity budget=512,1k $(call option,+task.options.data,$(value DATA))
+	$(REFERENCE) longbench fidelity-longbench
+
+.PHONY: reference-math500
+reference-math500: .venv/.stamp ## MATH-500's first 20 problems, DATA=test.jsonl: half an hour
+	$(RUN_ALL) experiment=reference_math500 budget=96 $(call option,task.data,$(value DATA))
+	$(REFERENCE) math500
+
+.PHONY: reference-ruler
+reference-ruler: .venv/.stamp ## RULER's retrieval tasks at 1k and 2k: half an hour
+	$(RUN_ALL) experiment=reference_ruler budget=512
+	$(REFERENCE) ruler
+
+.PHONY: anatomy
+anatomy: .venv/.stamp ## what each policy keeps, and where keys point: minutes
+	.venv/bin/python -m kvarena.harness.anatomy results/anatomy
 
 ##@ Work on kvarena
 
@@ -224,7 +282,7 @@ clean: ## remove .venv and caches; results stay
 .PHONY: clean-results
 clean-results: ## remove what runs wrote under results/ (only with CONFIRM=1)
 ifeq ($(CONFIRM),1)
-	rm -rf results/runs results/sweeps results/tables results/plots results/cache
+	rm -rf results/runs results/sweeps results/tables results/plots results/cache results/report.html
 else
 	@echo 'This deletes every measurement in results/ (runs, sweeps, tables, plots).' >&2
 	@echo 'If you mean it: make clean-results CONFIRM=1' >&2

@@ -45,10 +45,10 @@ def plan_cell(cell: Cell, results_dir: Path) -> Plan:
     folder = CellFolder(results_dir, cell.identity)
     samples = cell.samples(models.load_tokenizer(cell.model))
     rows = read_lines(folder.path)
-    done = {row["sample_id"] for row in rows if row["status"] == "ok"}
+    done = {row["sample_id"] for row in rows if row.get("status") == "ok"}
     left = [sample for sample in samples if sample.id not in done]
     if not (folder.path / "status.json").exists():
-        folder.begin(len(samples), Counter(row["status"] for row in rows), state="planned")
+        folder.begin(len(samples), Counter(str(row.get("status")) for row in rows), state="planned")
     longest = [len(s.prompt_token_ids) + s.max_new_tokens for s in samples]
     bounds = [cell.budget_tokens(sample) for sample in samples]
     held = [
@@ -87,7 +87,7 @@ def _tokens_per_sec(results_dir: Path, cell: Cell) -> float | None:
         if path.parent.name != cell.model.name:
             continue
         for row in read_lines(path):
-            if row["status"] != "ok" or row["policy"] != cell.policy_label:
+            if row.get("status") != "ok" or row["policy"] != cell.policy_label:
                 continue
             num_tokens += row["prompt_tokens"] + row["generated_tokens"]
             rate = row["decode_tokens_per_sec"]

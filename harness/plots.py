@@ -6,11 +6,8 @@ Scores are means over rows with status "ok"; a place without such a row is hatch
 """
 
 import math
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -22,43 +19,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from kvarena.harness.budget import parse_budget
+from kvarena.harness.charts import default_settings
+from kvarena.harness.comparison import is_full_cache, require_columns
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
-from kvarena.harness.tables import require_columns
 
 LENGTH, DEPTH = "meta_length_target", "meta_depth_target"
 MARGIN_IN = 0.6  # room around the cells, in inches; what labels leave unused is cropped
-
-
-class PolicyStyle(NamedTuple):
-    """How one policy looks in every figure: `colour` as "#rrggbb", a matplotlib `marker`."""
-
-    colour: str
-    marker: str
-
-
-# Okabe and Ito's colours for colour-blind readers (https://jfly.uni-koeln.de/color/); their yellow
-# is left out, it is too faint for a line on white.
-POLICY_STYLES: Mapping[str, PolicyStyle] = MappingProxyType(
-    {
-        "full": PolicyStyle("#000000", "o"),
-        "keydiff": PolicyStyle("#D55E00", "s"),
-        "snapkv": PolicyStyle("#0072B2", "^"),
-        "h2o": PolicyStyle("#009E73", "D"),
-        "tova": PolicyStyle("#CC79A7", "v"),
-        "streaming_llm": PolicyStyle("#E69F00", "<"),
-        "l2norm": PolicyStyle("#56B4E9", ">"),
-    }
-)
-SPARE_MARKERS = "PX*hpd8"
-
-
-def policy_style(policy: str) -> PolicyStyle:
-    """The style of `policy`; one without an entry gets a pair that depends on its name alone."""
-    colours = [style.colour for style in POLICY_STYLES.values()][1:]
-    marker, colour = divmod(zlib.crc32(policy.encode()), len(colours))
-    spare = PolicyStyle(colours[colour], SPARE_MARKERS[marker % len(SPARE_MARKERS)])
-    return POLICY_STYLES.get(policy, spare)
 
 
 class Layout(NamedTuple):
@@ -87,10 +54,12 @@ def needle_heatmap(rows: pd.DataFrame, path: str | Path) -> Path:
     grid = _mean_grid(rows, LENGTH, lengths, depths)
     width = _clamped(5.2 / len(lengths), 0.16, max(1.1, 2.0 / len(lengths)))
     layout = Layout(len(lengths), len(depths), width, _clamped(3.6 / len(depths), 0.14, 0.8))
-    label = "full cache" if policy == budget == "full" else f"{policy}, budget {budget}"
+    label = (
+        "full cache" if is_full_cache(policy) and budget == "full" else f"{policy}, budget {budget}"
+    )
     mean = _scores(rows)["score"].mean()
-    title = f"{label}: {'nothing scored' if math.isnan(mean) else f'{100 * mean:.0f} % found'}"
-    with _default_settings():
+    title = f"{label}: {'nothing scored' if math.isnan(mean) else f'mean score {100 * mean:.0f} %'}"
+    with default_settings():
         figure = _figure(*layout.size_in)
         axes = _place(figure, 0, 0, *layout.size_in)
         _draw_grid(axes, grid, layout)
@@ -119,7 +88,7 @@ def needle_overview(rows: pd.DataFrame, path: str | Path) -> Path:
     total_width, num_lines = across * per_line - 0.25, math.ceil(len(panels) / per_line)
     title = f"{task}: mean score by policy and depth"
     subtitle = f"{model}, {_counted(rows, *grids)}; bold: mean"
-    with _default_settings():
+    with default_settings():
         figure = _figure(total_width, down * (num_lines - 1) + height)
         for place, (budget, panel) in enumerate(panels.items()):
             line, column = divmod(place, per_line)
@@ -166,7 +135,7 @@ def _mean_grid(rows: pd.DataFrame, column: str, values: list, depths: list) -> n
 
 def _panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Budget label -> its rows, ascending; the rows of policy "full" belong to every budget."""
-    budgets, is_full = rows["budget"].astype(str), rows["policy"] == "full"
+    budgets, is_full = rows["budget"].astype(str), rows["policy"].map(is_full_cache)
     found = budgets[~is_full].unique()
     labels = sorted(found, key=lambda label: parse_budget(label).sort_key) or ["full"]
     return {label: rows[is_full | (budgets == label)] for label in labels}
@@ -175,7 +144,9 @@ def _panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def _policies_by_score(rows: pd.DataFrame) -> list[str]:
     means = _scores(rows).groupby("policy")["score"].mean().to_dict()
     policies = rows["policy"].astype(str).unique()
-    return sorted(policies, key=lambda name: (name != "full", -means.get(name, -1.0), name))
+    return sorted(
+        policies, key=lambda name: (not is_full_cache(name), -means.get(name, -1.0), name)
+    )
 
 
 def _budget_title(budget: str) -> str:
@@ -196,16 +167,6 @@ def _counted(rows: pd.DataFrame, *grids: np.ndarray) -> str:
 
 def _clamped(value: float, low: float, high: float) -> float:
     return max(low, min(value, high))
-
-
-@contextmanager
-def _default_settings() -> Iterator[None]:
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rc("font", size=8)
-        mpl.rc("axes", linewidth=0.6)
-        mpl.rc("hatch", linewidth=0.6)
-        yield
 
 
 def _figure(width_in: float, height_in: float) -> Figure:
@@ -270,7 +231,7 @@ def _label_policies(axes: Axes, policies: Sequence[str], panel: pd.DataFrame) ->
     for place, policy in enumerate(policies):
         text = f"{100 * means[policy]:.0f}" if policy in means else "-"
         _write_above(axes, text, 4, place, ha="center", weight="bold")
-    if policies[0] == "full" and len(policies) > 1:
+    if is_full_cache(policies[0]) and len(policies) > 1:
         axes.axvline(0.5, color="white", linewidth=4)
 
 
@@ -290,7 +251,7 @@ def _headings(figure: Figure, title: str, subtitle: str, above_points: float) ->
 
 def _write_above(axes: Axes, text: str, points: float, column: float, **style: Any) -> None:
     """Write `points` over the upper edge of `axes`, at `column` in cells. `style` as for Text."""
-    style |= {"textcoords": "offset points", "parse_math": False}
+    style |= {"textcoords": "offset points"}
     axes.annotate(text, (column, 1), (0, points), xycoords=("data", "axes fraction"), **style)
 
 

@@ -1,7 +1,9 @@
 """Turn the tables and pictures of a run into the committed reference that the README quotes.
 
-``python -m kvarena.harness.reference <results_dir>`` copies the needle's rows, summary and overview
-to ``results/reference/`` and renews the table in ``README.md``; ``make reference`` runs all of it.
+``python -m kvarena.harness.reference <results_dir> <task> ...`` copies each task's rows and
+summaries to ``results/reference/`` and renews its table in ``README.md``; the ``make reference``
+targets run all of it. Texts of benchmarks stay out of the repository: rows are copied without
+questions' answers and without what the model wrote.
 """
 
 import shutil
@@ -13,30 +15,44 @@ import pandas as pd
 from kvarena.harness import tables
 from kvarena.harness.files import replacing
 
-BEGIN, END = "<!-- needle table: begin -->\n", "<!-- needle table: end -->"
 REPOSITORY = Path(__file__).resolve().parent.parent
-TASK, MODEL = "needle", "smollm2-135m"
+MODEL = "smollm2-135m"
+_TEXTS = ("prediction", "reference", "references", "meta_all_classes")
 
 
 def main() -> None:
-    """Copy and renew; the argument is the results folder of the reference run."""
+    """Copy and renew; the arguments are the results folder of the run and names of tasks."""
     source, target = Path(sys.argv[1]), REPOSITORY / "results" / "reference"
     target.mkdir(exist_ok=True)
-    for name in (f"{TASK}.csv", f"{TASK}-summary.csv"):
-        shutil.copy(source / "tables" / name, target / name)
-    shutil.copy(source / "plots" / TASK / MODEL / "overview.png", target / f"{TASK}.png")
-    readme = REPOSITORY / "README.md"
-    renewed = with_table(readme.read_text(), target / f"{TASK}-summary.csv")
-    with replacing(readme) as path:
-        path.write_text(renewed)
+    for task in sys.argv[2:]:
+        rows = pd.read_csv(source / "tables" / f"{task}.csv", dtype={"budget": str})
+        tables.write_csv(without_texts(rows), target / f"{task}.csv")
+        for summary in (source / "tables").glob(f"{task}-*.csv"):
+            shutil.copy(summary, target / summary.name)
+        overview = source / "plots" / task / MODEL / "overview.png"
+        if overview.exists():
+            shutil.copy(overview, target / f"{task}.png")
+        readme = REPOSITORY / "README.md"
+        renewed = with_table(readme.read_text(), task, target / f"{task}-summary.csv")
+        with replacing(readme) as path:
+            path.write_text(renewed)
 
 
-def with_table(readme: str, summary_csv: Path) -> str:
-    """The README's text with the table between its marks made from the summary."""
+def without_texts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows without benchmark texts, model texts and the long lists per token."""
+    lists = [name for name in rows.columns if name.endswith(("_per_token", "_by_layer_head"))]
+    return rows.drop(columns=[name for name in [*_TEXTS, *lists] if name in rows.columns])
+
+
+def with_table(readme: str, task: str, summary_csv: Path) -> str:
+    """The README with the table between the task's marks made anew; unchanged without marks."""
+    begin, end = f"<!-- {task} table: begin -->\n", f"<!-- {task} table: end -->"
+    if begin not in readme:
+        return readme
     summary = pd.read_csv(summary_csv, dtype={"budget": str})
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return before + BEGIN + tables.markdown(summary) + END + after
+    before, rest = readme.split(begin)
+    _, after = rest.split(end)
+    return before + begin + tables.markdown(summary) + end + after
 
 
 if __name__ == "__main__":

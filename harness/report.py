@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from kvarena.harness import plots, tables
+from kvarena.harness.comparison import compare_cells
 from kvarena.harness.files import file_name
 from kvarena.harness.registry import choices, load_choice
 from kvarena.harness.rows import read_rows
@@ -28,7 +29,7 @@ def report(
         return []
     written: list[Path] = []
     for task, task_rows in rows.groupby("task"):
-        summary = tables.summarise(task_rows)
+        summary = compare_cells(task_rows, allow_partial=allow_partial)
         tables.print_summary(summary)
         if "meta_is_sample" in task_rows and task_rows["meta_is_sample"].eq(True).any():
             print(f"SAMPLE DATA: these rows are kvarena's own, not the {task} benchmark.")

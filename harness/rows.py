@@ -30,8 +30,19 @@ def read_rows(
             rows = [row for row in rows if row["sample_id"] in only[path]]
             planned = len(only[path])
         cell = {"policy": policy, "variant": variant, "num_planned": planned}
-        frame += [{**row, **cell, "reference": _as_text(row)} for row in rows]
+        frame += [_printable({**row, **cell, "reference": _as_text(row)}) for row in rows]
     return pd.DataFrame(frame)
+
+
+def _printable(value: Any) -> Any:  # Any: JSON values
+    """Half a surrogate pair, which JSON can hold and tables cannot, becomes a question mark."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return value
 
 
 def _as_text(row: Mapping[str, Any]) -> str:

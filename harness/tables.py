@@ -1,12 +1,8 @@
-"""Tidy rows in, tables out: one summary line per task, model, policy and budget.
+"""Comparisons as tables for a screen and for Markdown, and frames as files can hold them."""
 
-A row is one sample; results/README.md lists the columns. Scores, bytes and times are summarised
-over the same rows: those with status "ok". A failed row is counted in num_samples only.
-"""
-
+import json
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,74 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvarena.harness.budget import parse_budget
-from kvarena.harness.errors import UsageError
+from kvarena.harness.comparison import SECTION
 from kvarena.harness.files import replacing
 
-CELL = ["task", "model", "policy", "budget"]
-MEASURES = ["score", "kv_bytes_kept", "kv_bytes_peak", "ttft_sec", "decode_tokens_per_sec"]
 MAX_COLUMNS = 100
-
-
-def require_columns(rows: pd.DataFrame, columns: list[str]) -> None:
-    """Raises UsageError when there are no rows or a column is missing; names what is missing."""
-    missing = [name for name in columns if name not in rows.columns]
-    if missing:
-        raise UsageError(f"rows lack the columns {', '.join(missing)} (see results/README.md)")
-    if rows.empty:
-        raise UsageError("no rows to summarise; run something first")
-
-
-def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per (task, model, policy, budget), small budgets first, best score first.
-
-    score_mean (0-1), its standard error score_se (NaN below two scores), the medians of
-    kv_bytes_kept, ttft_sec and decode_tokens_per_sec, and the largest kv_bytes_peak are taken over
-    rows with status "ok". num_samples counts all rows, num_ok the good ones, slots is the largest.
-    """
-    require_columns(rows, [*CELL, "sample_id", "seed", "status", "slots", *MEASURES])
-    _warn_of_repeats(rows)
-    ok = rows["status"] == "ok"
-    measures = rows[MEASURES].apply(pd.to_numeric).where(ok)
-    labels = rows[CELL].astype(str)
-    cells = pd.concat([labels, measures, ok.rename("ok"), rows["slots"]], axis=1)
-    summary = cells.groupby(CELL, sort=False).agg(
-        num_samples=("ok", "size"),
-        num_ok=("ok", "sum"),
-        score_mean=("score", "mean"),
-        score_se=("score", "sem"),
-        kv_bytes_kept=("kv_bytes_kept", "median"),
-        kv_bytes_peak=("kv_bytes_peak", "max"),
-        ttft_sec=("ttft_sec", "median"),
-        decode_tokens_per_sec=("decode_tokens_per_sec", "median"),
-        slots=("slots", "max"),
-    )
-    return _ordered(summary.reset_index())
-
-
-def _ordered(summary: pd.DataFrame) -> pd.DataFrame:
-    ascending = sorted(summary["budget"].unique(), key=lambda label: parse_budget(label).sort_key)
-    rank = summary["budget"].map({label: place for place, label in enumerate(ascending)})
-    by = ["task", "model", "rank", "score_mean", "policy"]
-    ranked = summary.assign(rank=rank).sort_values(by, ascending=[True, True, True, False, True])
-    return ranked.drop(columns="rank").reset_index(drop=True)
-
-
-def _warn_of_repeats(rows: pd.DataFrame) -> None:
-    # Two runs of one cell under different settings would otherwise be averaged without a word,
-    # and the repeated samples would make the standard error too small.
-    repeats = rows[rows.duplicated([*CELL, "sample_id", "seed"])]
-    if len(repeats):
-        cells = repeats[["policy", "budget"]].astype(str).agg(" ".join, axis=1).unique()
-        warnings.warn(
-            f"{len(repeats)} rows repeat a sample of the same cell ({', '.join(cells[:5])}); "
-            "they are averaged together, select one run_id per cell if that is not meant",
-            stacklevel=3,
-        )
+SCORE = "score % [95 %]"
 
 
 def print_summary(summary: pd.DataFrame, stream: TextIO | None = None) -> None:
-    """Print one table per (task, model): rich on a terminal, plain text elsewhere.
+    """Print one table per (task, model, variant): rich on a terminal, plain text elsewhere.
 
     Plain lines are at most 100 columns wide and carry no escape codes.
     """
@@ -92,31 +29,38 @@ def print_summary(summary: pd.DataFrame, stream: TextIO | None = None) -> None:
     if summary.empty:
         print("no results", file=stream)
         return
-    for (task, model), lines in summary.groupby(["task", "model"], sort=False):
-        title = f"{task}, {model}"
+    summary = _with_texts(summary)
+    for labels, lines in summary.groupby(SECTION, sort=False):
+        title = ", ".join(str(label) for label in labels if label)
         if stream.isatty() and encoding.lower().startswith("utf"):
             _print_rich(title, lines, stream)
         else:
-            # An ASCII-only stream has no plus-minus sign, which must not end a finished run.
+            # A name that the stream cannot spell must not end a finished run.
             text = _plain_table(title, lines).encode(encoding, "replace").decode(encoding)
             print(text, file=stream)
     print(_footnote(summary), file=stream)
 
 
+def _with_texts(summary: pd.DataFrame) -> pd.DataFrame:
+    # A column of empty texts comes back from CSV as not-a-number.
+    return summary.assign(variant=summary["variant"].astype(object).fillna(""))
+
+
 def _header(lines: pd.DataFrame) -> list[str]:
-    failed = (lines["num_ok"] < lines["num_samples"]).any()
-    counts = ["ok/n"] if failed else []
+    incomplete = (lines["num_ok"] < lines["num_planned"]).any()
+    counts = ["ok/planned"] if incomplete else []
     measures = ["KV kept MB", "KV peak MB", "TTFT s", "tok/s"]
-    return ["policy", "budget", "score % ± se", *counts, *measures]
+    return ["policy", "budget", SCORE, *counts, *measures]
 
 
 def _cell_texts(line: Any, header: list[str]) -> list[str]:
     """The texts of one summary line. `line` is a named tuple of itertuples, hence Any."""
     texts = {
         "policy": line.policy,
+        "variant": line.variant,
         "budget": line.budget,
-        "score % ± se": _score_text(line.score_mean, line.score_se),
-        "ok/n": f"{line.num_ok}/{line.num_samples}",
+        SCORE: _score_text(line.score, line.score_low, line.score_high),
+        "ok/planned": f"{line.num_ok}/{line.num_planned}",
         "KV kept MB": _number(line.kv_bytes_kept / 1e6, 1),
         "KV peak MB": _number(line.kv_bytes_peak / 1e6, 1),
         "TTFT s": _number(line.ttft_sec, 3),
@@ -129,10 +73,10 @@ def _number(value: float, digits: int) -> str:
     return "-" if pd.isna(value) else f"{value:.{digits}f}"
 
 
-def _score_text(mean: float, error: float) -> str:
-    # Same width with and without the error, so that the points stand below each other.
-    tail = "" if pd.isna(error) else f"± {100 * error:4.1f}"
-    return "-" if pd.isna(mean) else f"{100 * mean:.1f} {tail:6}"
+def _score_text(mean: float, low: float, high: float) -> str:
+    # Same width with and without the interval, so that the points stand below each other.
+    interval = "" if pd.isna(low) else f"[{100 * low:.0f}, {100 * high:.0f}]"
+    return "-" if pd.isna(mean) else f"{100 * mean:.1f} {interval:10}"
 
 
 def markdown(summary: pd.DataFrame) -> str:
@@ -140,8 +84,11 @@ def markdown(summary: pd.DataFrame) -> str:
 
     Times are left out: among neighbours they depend on when those read and write.
     """
+    summary = _with_texts(summary)
+    variant = ["variant"] if summary["variant"].ne("").any() else []
     header = [name for name in _header(summary) if name not in ("TTFT s", "tok/s")]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    header[1:1] = variant
+    rows = [header, ["---" if name in ("policy", "variant") else "---:" for name in header]]
     rows += [_cell_texts(line, header) for line in summary.itertuples(index=False)]
     return "".join(f"| {' | '.join(text.strip() for text in row)} |\n" for row in rows)
 
@@ -173,7 +120,7 @@ def _print_rich(title: str, lines: pd.DataFrame, stream: TextIO) -> None:
     table.show_edge, table.padding = False, (0, 1, 0, 0)
     for name in header:
         # Units go to a second header line, which lets the table fit 80 columns as well.
-        label = re.sub(r" (MB|s)$", r"\n\1", name)
+        label = re.sub(r"(?: (MB|s)$|(?<=/)(planned))", r"\n\1\2", name)
         if name == "policy":
             table.add_column(label, overflow="fold")
         else:
@@ -193,13 +140,17 @@ def _print_rich(title: str, lines: pd.DataFrame, stream: TextIO) -> None:
 
 def _footnote(summary: pd.DataFrame) -> str:
     few, many = int(summary["slots"].min()), int(summary["slots"].max())
-    if many == 1:
-        return "TTFT and tok/s: medians, as one sequence sees them alone (slots = 1)."
     slots = f"{few} to {many}" if few < many else str(many)
-    return (
-        f"TTFT and tok/s: medians, as one sequence sees them among {slots} (slots).\n"
-        "They depend on when the others read and write; slots=1 shows the policy's own."
-    )
+    hidden = ((summary["num_ok"] > 0) & summary["score"].isna()).any()
+    lines = ["No score where samples are missing: those left are another test."] if hidden else []
+    if many == 1:
+        lines += ["TTFT and tok/s: medians, as one sequence sees them alone (slots = 1)."]
+    else:
+        lines += [
+            f"TTFT and tok/s: medians, as one sequence sees them among {slots} (slots).",
+            "They depend on when the others read and write; slots=1 shows the policy's own.",
+        ]
+    return "\n".join(lines)
 
 
 def write_csv(frame: pd.DataFrame, path: str | Path) -> Path:
@@ -207,3 +158,30 @@ def write_csv(frame: pd.DataFrame, path: str | Path) -> Path:
     with replacing(path) as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
     return Path(path)
+
+
+def storable(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows that Parquet and CSV can hold: one type per column, missing values in any.
+
+    Lists and dictionaries become JSON text, and so does all else in a column of several types.
+    """
+    return rows.apply(_one_type)
+
+
+def _one_type(column: pd.Series) -> pd.Series:
+    if column.name == "budget":
+        return column.astype(str)
+    if column.isna().all():
+        return column.astype("string")
+    kind = pd.api.types.infer_dtype(column, skipna=True)
+    if kind in ("boolean", "integer", "floating", "mixed-integer-float"):
+        return column.convert_dtypes()
+    if column.dtype == object:
+        return column.map(_as_text, na_action="ignore").astype("string")
+    return column
+
+
+def _as_text(value: Any) -> str:  # Any: a JSON value
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    # JSON can spell half a surrogate pair, which no file can hold.
+    return text.encode("utf-8", "replace").decode()

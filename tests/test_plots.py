@@ -1,6 +1,5 @@
 """Needle pictures: written for every grid size, empty places visible, same data same bytes."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from matplotlib import image
 from matplotlib.figure import Figure
 
 from kvarena.harness.errors import UsageError
-from kvarena.harness.plots import POLICY_STYLES, needle_heatmap, needle_overview, policy_style
+from kvarena.harness.plots import needle_heatmap, needle_overview
 
 SEVEN = ["full", "keydiff", "snapkv", "h2o", "tova", "streaming_llm", "l2norm"]
 DEPTHS = [0, 25, 50, 75, 100]
@@ -53,21 +52,6 @@ def texts(figure: Figure, axes: int = 0) -> list[str]:
     return [text.get_text() for text in figure.axes[axes].texts]
 
 
-def test_every_policy_of_the_project_has_its_own_colour_and_marker() -> None:
-    styles = [policy_style(name) for name in SEVEN]
-    assert len({style.colour for style in styles}) == 7
-    assert len({style.marker for style in styles}) == 7
-    assert all(re.fullmatch("#[0-9A-F]{6}", style.colour) for style in styles)
-    assert policy_style("full") == ("#000000", "o")
-
-
-def test_an_unknown_policy_gets_a_stable_style_that_no_known_one_has() -> None:
-    assert policy_style("some_new_policy") == policy_style("some_new_policy")
-    assert policy_style("some_new_policy") == ("#CC79A7", "*")  # fixed across processes
-    markers = {style.marker for style in POLICY_STYLES.values()}
-    assert all(policy_style(f"new{i}").marker not in markers for i in range(50))
-
-
 @pytest.mark.parametrize(("num_depths", "num_lengths"), [(1, 1), (5, 2), (2, 11), (35, 35)])
 def test_a_heat_map_is_written_for_any_grid(
     tmp_path: Path, num_depths: int, num_lengths: int
@@ -90,7 +74,7 @@ def test_a_cell_shows_the_mean_of_good_rows_and_an_empty_one_none(
     needle_heatmap(pd.concat([rows, extra]), tmp_path / "map.png")
     assert texts(figures[0])[:3] == ["50", "0", "100"]
     assert "toy, n = 4; 1 failed; hatched: no score" in texts(figures[0])
-    assert "keydiff, budget 512: 50 % found" in texts(figures[0])
+    assert "keydiff, budget 512: mean score 50 %" in texts(figures[0])
     low, high = sorted(figures[0].axes[0].get_ylim())
     assert figures[0].axes[0].get_ylim() == (high, low)  # depth 0 is on top
 
@@ -105,7 +89,7 @@ def test_an_empty_cell_looks_unlike_any_score(tmp_path: Path) -> None:
 
 def test_the_full_cache_has_no_budget_in_its_title(tmp_path: Path, figures: list[Figure]) -> None:
     needle_heatmap(make_rows(["full"], [], DEPTHS, [1000]), tmp_path / "map.png")
-    assert "full cache: 50 % found" in texts(figures[0])
+    assert "full cache: mean score 50 %" in texts(figures[0])
 
 
 def test_large_grids_lose_their_numbers_and_most_ticks(

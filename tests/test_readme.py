@@ -5,15 +5,29 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvarena.harness.reference import REPOSITORY, TASK, with_table
+import pandas as pd
+import pytest
+
+from kvarena.harness.reference import REPOSITORY, with_table, without_texts
 
 README = (REPOSITORY / "README.md").read_text()
 
 
-def test_the_table_comes_from_the_committed_summary() -> None:
-    summary = REPOSITORY / "results" / "reference" / f"{TASK}-summary.csv"
-    assert with_table(README, summary) == README
-    assert "| keydiff | 512 |" in README
+REFERENCE = REPOSITORY / "results" / "reference"
+TASKS = re.findall(r"<!-- (\S+) table: begin -->", README)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_table_comes_from_the_committed_summary(task: str) -> None:
+    assert with_table(README, task, REFERENCE / f"{task}-summary.csv") == README
+    section = README.split(f"<!-- {task} table: begin -->")[1].split("<!--")[0]
+    assert section.count("| keydiff |") >= 1
+
+
+def test_no_text_of_a_benchmark_is_in_the_reference_rows() -> None:
+    for path in REFERENCE.glob("*.csv"):
+        rows = pd.read_csv(path)
+        assert without_texts(rows).columns.tolist() == rows.columns.tolist(), path
 
 
 def test_every_linked_file_exists() -> None:

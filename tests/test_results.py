@@ -110,6 +110,8 @@ def test_half_a_surrogate_pair_survives(tmp_path: Path) -> None:
     folder = cell(tmp_path)
     folder.append({"sample_id": "a", "prediction": "x\ud83ey"})
     assert folder.rows()[0]["prediction"] == "x\ud83ey"
+    frame = read_rows([folder.path])
+    frame["prediction"].astype("string").str.encode("utf-8")  # tables can be written
 
 
 def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half_line(tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
-"""Summaries: the numbers, their order, and how they print."""
+"""Summaries: how comparisons print, and what files can hold."""
 
 import io
+import json
 import math
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from kvarena.harness.errors import UsageError
-from kvarena.harness.tables import print_summary, summarise, write_csv
+from kvarena.harness.comparison import compare_cells
+from kvarena.harness.tables import markdown, print_summary, storable, write_csv
 
 BASE = {
     "task": "needle",
@@ -52,96 +52,16 @@ def printed(summary: pd.DataFrame, stream: io.StringIO | None = None) -> str:
     return stream.getvalue()
 
 
-def test_summary_matches_hand_computed_numbers() -> None:
-    rows = make_rows(
-        {"score": 1.0, "kv_bytes_kept": 10, "kv_bytes_peak": 50, "ttft_sec": 1.0},
-        {"score": 0.0, "kv_bytes_kept": 30, "kv_bytes_peak": 70, "ttft_sec": 4.0},
-        {"score": 0.5, "kv_bytes_kept": 20, "kv_bytes_peak": 60, "ttft_sec": 2.0, "slots": 8},
-    )
-    line = summarise(rows).iloc[0]
-    assert (line.num_samples, line.num_ok, line.slots) == (3, 3, 8)
-    assert line.score_mean == pytest.approx(0.5)
-    assert line.score_se == pytest.approx(0.5 / math.sqrt(3))  # the sample deviation is 0.5
-    assert (line.kv_bytes_kept, line.kv_bytes_peak, line.ttft_sec) == (20, 70, 2.0)
-    assert line.decode_tokens_per_sec == 40.0
-
-
-def test_a_failed_row_counts_only_as_a_sample() -> None:
-    failed = {"status": "error", "score": 0.0, "kv_bytes_peak": 9e9, "ttft_sec": 99.0}
-    line = summarise(make_rows({}, {}, failed)).iloc[0]
-    assert (line.num_samples, line.num_ok) == (3, 2)
-    assert (line.score_mean, line.score_se) == (1.0, 0.0)
-    assert (line.kv_bytes_peak, line.ttft_sec) == (3_000_000, 0.5)
-
-
-def test_missing_values_of_json_become_nan() -> None:
-    nothing = dict.fromkeys(("score", "kv_bytes_kept", "kv_bytes_peak", "ttft_sec"))
-    rows = make_rows({"status": "error", "decode_tokens_per_sec": None, **nothing})
-    line = summarise(rows).iloc[0]
-    assert line.num_ok == 0
-    assert line[["score_mean", "score_se", "kv_bytes_peak", "ttft_sec"]].isna().all()
-
-
-def test_one_short_answer_has_no_error_and_no_decode_speed() -> None:
-    line = summarise(make_rows({"decode_tokens_per_sec": None})).iloc[0]
-    assert line.score_mean == 1.0
-    assert math.isnan(line.score_se)
-    assert math.isnan(line.decode_tokens_per_sec)
-
-
-def test_decode_speed_skips_rows_without_one() -> None:
-    rows = make_rows({"decode_tokens_per_sec": 10.0}, {"decode_tokens_per_sec": math.nan})
-    assert summarise(rows).decode_tokens_per_sec.item() == 10.0
-
-
-def test_budgets_ascend_with_percentages_after_tokens_and_full_last() -> None:
-    labels = ["full", "25%", "2k", "512", "12.5%", "1024", "10000"]
-    summary = summarise(cells(*[{"budget": label} for label in labels]))
-    assert list(summary.budget) == ["512", "1024", "2k", "10000", "12.5%", "25%", "full"]
-
-
-def test_inside_a_budget_the_best_score_comes_first_then_the_name() -> None:
-    scores = {"tova": 0.2, "h2o": 0.9, "snapkv": 0.2, "l2norm": None}
-    rows = cells(*[{"policy": name, "score": score} for name, score in scores.items()])
-    assert list(summarise(rows).policy) == ["h2o", "snapkv", "tova", "l2norm"]
-
-
-def test_tasks_and_models_come_before_budgets() -> None:
-    rows = cells({"model": "b", "budget": "1"}, {"model": "a", "budget": "9"}, {"task": "aaa"})
-    assert list(summarise(rows).model) == ["toy", "a", "b"]
-
-
-def test_budgets_read_as_numbers_are_labels_again() -> None:
-    assert list(summarise(cells({"budget": 512}, {"budget": 64})).budget) == ["64", "512"]
-
-
-@pytest.mark.parametrize("label", ["", "many", "-5", "5 %%", "k"])
-def test_an_unknown_budget_is_named(label: str) -> None:
-    with pytest.raises(UsageError, match="budget"):
-        summarise(cells({"budget": label}))
-
-
-def test_missing_columns_and_empty_frames_are_usage_errors() -> None:
-    with pytest.raises(UsageError, match="ttft_sec"):
-        summarise(make_rows({}).drop(columns="ttft_sec"))
-    with pytest.raises(UsageError, match="no rows"):
-        summarise(make_rows({}).iloc[:0])
-
-
-def test_a_sample_that_appears_twice_in_a_cell_is_warned_about() -> None:
-    with pytest.warns(UserWarning, match="keydiff 512"):
-        summarise(cells({}, {"run_id": "other"}))
-
-
-def test_the_same_sample_under_another_seed_is_no_repeat() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        summarise(cells({}, {"seed": 1}, {"budget": "1k"}))
+def test_a_summary_is_the_comparison_of_cells() -> None:
+    rows = cells({"score": 0.0}, {"policy": "full", "budget": "full"}, {"status": "oom", "seed": 1})
+    for allow_partial in (False, True):
+        expected = compare_cells(rows, allow_partial=allow_partial)
+        pd.testing.assert_frame_equal(compare_cells(rows, allow_partial=allow_partial), expected)
 
 
 def test_plain_output_is_narrow_and_free_of_escape_codes() -> None:
     long = {"policy": "a_policy_with_a_name_" * 6, "model": "model/" * 40, "kv_bytes_kept": 9e12}
-    text = printed(summarise(cells(long, long | {"policy": "h2o", "status": "error"})))
+    text = printed(compare_cells(cells(long, long | {"policy": "h2o", "status": "error"})))
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 100
     assert "..." in text
@@ -149,42 +69,92 @@ def test_plain_output_is_narrow_and_free_of_escape_codes() -> None:
 
 def test_plain_columns_line_up() -> None:
     rows = cells({}, {"policy": "streaming_llm", "score": 0.0, "kv_bytes_kept": 123_456_789})
-    header, rule, *lines = printed(summarise(rows)).splitlines()[1:5]
+    header, rule, *lines = printed(compare_cells(rows)).splitlines()[1:5]
     assert len({len(header), len(rule), *map(len, lines)}) == 1
 
 
 def test_printed_numbers_carry_the_units_of_the_header() -> None:
-    text = printed(summarise(make_rows({"score": 1.0}, {"score": 0.0})))
+    text = printed(compare_cells(make_rows({"score": 1.0}, {"score": 0.0})))
     assert "KV kept MB" in text
-    assert "50.0 ± 50.0" in text
     numbers = text.splitlines()[3].split()
-    assert numbers == ["keydiff", "512", "50.0", "±", "50.0", "2.0", "3.0", "0.500", "40.0"]
+    assert numbers == ["keydiff", "512", "50.0", "[0,", "100]", "2.0", "3.0", "0.500", "40.0"]
 
 
-def test_failures_show_only_when_there_are_some() -> None:
-    assert "ok/n" not in printed(summarise(make_rows({}, {})))
-    text = printed(summarise(make_rows({}, {"status": "error"})))
-    assert "ok/n" in text
-    assert "1/2" in text
+def test_intervals_are_those_of_the_summary() -> None:
+    rows = make_rows(*[{"score": score} for score in [1.0] * 8 + [0.0] * 12])
+    line = compare_cells(rows).iloc[0]
+    assert (round(100 * line.score_low), round(100 * line.score_high)) == (21, 63)
+    assert "40.0 [21, 63]" in printed(compare_cells(rows))
+    assert "| 40.0 [21, 63] |" in markdown(compare_cells(rows))
+
+
+def test_one_sample_prints_a_score_without_an_interval() -> None:
+    assert printed(compare_cells(cells({}))).splitlines()[3].split()[:4] == [
+        "keydiff",
+        "512",
+        "100.0",
+        "2.0",
+    ]
+
+
+def test_missing_samples_show_only_when_there_are_some_and_hide_the_score() -> None:
+    complete = printed(compare_cells(make_rows({}, {})))
+    assert "ok/planned" not in complete
+    assert "missing" not in complete
+    rows = make_rows({}, {"status": "error"})
+    text = printed(compare_cells(rows))
+    assert "ok/planned" in text
+    assert "No score where samples are missing" in text
+    assert text.splitlines()[3].split()[:4] == ["keydiff", "512", "-", "1/2"]
+    partly = printed(compare_cells(rows, allow_partial=True))
+    assert partly.splitlines()[3].split()[:4] == ["keydiff", "512", "100.0", "1/2"]
+    assert "No score" not in partly
 
 
 def test_a_cell_without_scores_prints_dashes() -> None:
-    text = printed(summarise(make_rows({"status": "error"})))
+    text = printed(compare_cells(make_rows({"status": "error"})))
     assert text.splitlines()[3].split() == ["keydiff", "512", "-", "0/1", *"----"]
+    assert "No score" not in text
+
+
+def test_every_variant_has_a_table_of_its_own() -> None:
+    rows = cells(
+        {"variant": "chunk=64"}, {"variant": "chunk=128"}, {"policy": "h2o", "variant": ""}
+    )
+    titles = [
+        line for line in printed(compare_cells(rows)).splitlines() if line.startswith("needle")
+    ]
+    assert titles == ["needle, toy", "needle, toy, chunk=128", "needle, toy, chunk=64"]
+
+
+def test_markdown_has_a_variant_column_only_when_there_are_variants() -> None:
+    assert markdown(compare_cells(cells({}))).startswith("| policy | budget | score % [95 %] |")
+    table = markdown(compare_cells(cells({"variant": "chunk=64"})))
+    assert table.splitlines()[0].startswith("| policy | variant | budget |")
+    assert table.splitlines()[1].startswith("| --- | --- | ---: |")
+    assert "| keydiff | chunk=64 | 512 |" in table
+
+
+def test_a_summary_read_from_csv_prints_the_same(tmp_path: Path) -> None:
+    summary = compare_cells(cells({}, {"policy": "h2o"}))
+    back = pd.read_csv(write_csv(summary, tmp_path / "s.csv"), dtype={"budget": str})
+    assert back["variant"].isna().all()
+    assert markdown(back) == markdown(summary)
+    assert printed(back) == printed(summary)
 
 
 def test_the_footnote_says_how_many_sequences_ran_side_by_side() -> None:
-    assert "among 4 (slots)" in printed(summarise(cells({})))
-    assert "alone" in printed(summarise(cells({"slots": 1})))
-    assert "among 1 to 4 (slots)" in printed(summarise(cells({"slots": 1}, {"policy": "h2o"})))
+    assert "among 4 (slots)" in printed(compare_cells(cells({})))
+    assert "alone" in printed(compare_cells(cells({"slots": 1})))
+    assert "among 1 to 4 (slots)" in printed(compare_cells(cells({"slots": 1}, {"policy": "h2o"})))
 
 
 def test_an_ascii_stream_does_not_end_the_run() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    print_summary(summarise(make_rows({}, {})), stream)
+    print_summary(compare_cells(cells({"policy": "größte"})), stream)
     stream.flush()
-    assert b"100.0 ?  0.0" in raw.getvalue()
+    assert b"gr??te" in raw.getvalue()
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
@@ -195,16 +165,17 @@ def test_a_terminal_of_any_width_gets_every_number(
     monkeypatch.setenv("TERM", "xterm")
     names = {"policy": "streaming_llm", "model": "a[bold]b"}
     rows = cells(names, names | {"seed": 1, "status": "error"}, names | {"seed": 2, "score": 0.0})
-    text = printed(summarise(rows), Terminal())
+    rows = pd.concat([rows, rows.assign(sample_id="s1")])
+    text = printed(compare_cells(rows, allow_partial=True), Terminal())
     assert "a[bold]b" in text
-    for number in ("streaming_llm", "50.0 ± 50.0", "2/3", "2.0", "3.0", "0.500", "40.0"):
+    for number in ("streaming_llm", "50.0 [", "4/6", "2.0", "3.0", "0.500", "40.0"):
         assert number in text
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()[:-1]
     assert max(len(line.rstrip()) for line in lines) <= 80
 
 
 def test_an_empty_summary_says_so() -> None:
-    assert printed(summarise(cells({})).iloc[:0]) == "no results\n"
+    assert printed(compare_cells(cells({})).iloc[:0]) == "no results\n"
 
 
 def test_csv_round_trip_keeps_text_and_numbers(tmp_path: Path) -> None:
@@ -213,8 +184,8 @@ def test_csv_round_trip_keeps_text_and_numbers(tmp_path: Path) -> None:
     path = write_csv(rows, tmp_path / "new" / "needle.csv")
     back = pd.read_csv(path, dtype={"budget": str}, float_precision="round_trip")
     pd.testing.assert_frame_equal(back, rows, check_exact=True)
-    again = summarise(back)
-    pd.testing.assert_frame_equal(again, summarise(rows))
+    again = compare_cells(back)
+    pd.testing.assert_frame_equal(again, compare_cells(rows))
 
 
 def test_a_failed_write_leaves_the_old_csv_alone(tmp_path: Path) -> None:
@@ -230,3 +201,52 @@ def test_a_failed_write_leaves_the_old_csv_alone(tmp_path: Path) -> None:
         write_csv(Broken(), path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
+
+
+def awkward_rows() -> pd.DataFrame:
+    """Columns as rows of several tasks have them."""
+    return pd.DataFrame(
+        {
+            "budget": [512, "25%", "full"],
+            "text": pd.Series(["a", None, "half \ud800 a pair"], dtype=object),
+            "numbers": [[1, 2.5], None, ["語"]],
+            "settings": [{"a": [1]}, "plain", 3],
+            "count": [1, None, 3],
+            "share": [0.1 + 0.2, math.nan, 1e-300],
+            "flag": [True, None, False],
+            "nothing": [None, None, None],
+            "empty": ["", "", ""],
+            "later": [math.nan, math.nan, "x"],
+        }
+    )
+
+
+def test_every_column_survives_parquet(tmp_path: Path) -> None:
+    rows = storable(awkward_rows())
+    rows.to_parquet(tmp_path / "rows.parquet", index=False)
+    back = pd.read_parquet(tmp_path / "rows.parquet")
+    pd.testing.assert_frame_equal(back, rows, check_dtype=False)
+    assert back["budget"].tolist() == ["512", "25%", "full"]
+    assert back["text"].tolist()[::2] == ["a", "half ? a pair"]
+    assert json.loads(back["numbers"][0]) == [1, 2.5]
+    assert back["numbers"][2] == '["語"]'
+    assert back["numbers"].isna().tolist() == [False, True, False]
+    assert back["settings"].tolist() == ['{"a": [1]}', "plain", "3"]
+    assert back["count"].tolist()[::2] == [1, 3]
+    assert back["share"].tolist()[::2] == [0.1 + 0.2, 1e-300]
+    assert back["flag"].tolist()[::2] == [True, False]
+    assert back["nothing"].isna().all()
+    assert back["empty"].tolist() == ["", "", ""]
+
+
+def test_budgets_that_are_all_numbers_stay_labels() -> None:
+    assert storable(pd.DataFrame({"budget": [512, 64]}))["budget"].tolist() == ["512", "64"]
+
+
+def test_storable_rows_compare_as_before() -> None:
+    rows = cells(
+        {"score": 0.5}, {"policy": "full", "budget": "full"}, {"budget": 64, "score": None}
+    )
+    pd.testing.assert_frame_equal(
+        compare_cells(storable(rows)), compare_cells(rows), check_dtype=False
+    )

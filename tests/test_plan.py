@@ -1,0 +1,83 @@
+"""A plan is what a run would take, without its model."""
+
+from pathlib import Path
+
+import pytest
+
+from kvarena.harness import models
+from kvarena.harness.cell import Cell
+from kvarena.harness.models import ModelSpec
+from kvarena.harness.plan import bytes_per_token, plan_cell, print_plans
+from kvarena.harness.registry import load_choice
+from kvarena.harness.run_cell import run_cell
+from kvarena.harness.sampling import Sampling
+from kvarena.harness.status import cell_statuses
+from toy_folder import save_haystack, save_model_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    save_model_folder(folder / "toy")
+    save_haystack(folder / "hay")
+    return folder
+
+
+def toy_cell(folder: Path, limit: int | None = None) -> Cell:
+    task = load_choice("task", "needle") | {
+        "haystack": str(folder / "hay"),
+        "lengths": [300, 400],
+        "depths": [50],
+        "max_new_tokens": 6,
+    }
+    return Cell(
+        task_settings=task,
+        policy_settings=load_choice("policy", "keydiff"),
+        policy_label="keydiff",
+        model=ModelSpec(name="toy", source=str(folder / "toy")),
+        budget="64",
+        sampling=Sampling(),
+        question="inside",
+        seed=0,
+        limit=limit,
+        slots=2,
+        chunk_tokens=32,
+        attention="sdpa",
+        device="cpu",
+        dtype="float32",
+        config={},
+    )
+
+
+def test_a_plan_counts_samples_tokens_and_bytes_and_loads_no_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_weights", lambda *a, **k: pytest.fail("loaded a model"))
+    cell = toy_cell(folder)
+    plan = plan_cell(cell, tmp_path)
+    samples = cell.samples(models.load_tokenizer(cell.model))
+    totals = [len(sample.prompt_token_ids) + 6 for sample in samples]
+    per_token = bytes_per_token(models.load_config(cell.model), 4)
+    assert per_token == 3 * 2 * (2 * 16 * 4 + 4)  # the toy: layers, KV heads, channels, position
+    assert (plan.state, plan.num_done, plan.num_samples) == ("missing", 0, 2)
+    assert plan.num_tokens == sum(totals)
+    assert plan.kv_bytes_full == max(totals) * per_token
+    assert plan.kv_bytes_budget == (64 + 32) * per_token
+    assert plan.eta_sec is None  # nothing has run here yet
+    assert [status.state for status in cell_statuses(tmp_path)] == ["missing"]
+
+
+def test_what_has_run_is_taken_off_and_tells_how_fast(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_cell(toy_cell(folder, limit=1), tmp_path)
+    plan = plan_cell(toy_cell(folder), tmp_path)
+    assert (plan.state, plan.num_done) == ("incomplete", 1)
+    assert plan.eta_sec is not None
+    assert 0 < plan.eta_sec < 60
+    outcome = run_cell(toy_cell(folder), tmp_path)
+    done = plan_cell(toy_cell(folder), tmp_path)
+    assert (outcome.num_new, done.state, done.num_tokens) == (1, "done", 0)
+    assert [status.state for status in cell_statuses(tmp_path)] == ["done"]
+    print_plans([plan, done])
+    assert "1/2" in capsys.readouterr().out
