@@ -52,13 +52,6 @@ def printed(summary: pd.DataFrame, stream: io.StringIO | None = None) -> str:
     return stream.getvalue()
 
 
-def test_a_summary_is_the_comparison_of_cells() -> None:
-    rows = cells({"score": 0.0}, {"policy": "full", "budget": "full"}, {"status": "oom", "seed": 1})
-    for allow_partial in (False, True):
-        expected = compare_cells(rows, allow_partial=allow_partial)
-        pd.testing.assert_frame_equal(compare_cells(rows, allow_partial=allow_partial), expected)
-
-
 def test_plain_output_is_narrow_and_free_of_escape_codes() -> None:
     long = {"policy": "a_policy_with_a_name_" * 6, "model": "model/" * 40, "kv_bytes_kept": 9e12}
     text = printed(compare_cells(cells(long, long | {"policy": "h2o", "status": "error"})))
