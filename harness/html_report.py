@@ -16,6 +16,7 @@ from kvarena.harness.budget import parse_budget
 from kvarena.harness.comparison import SECTION, compare_cells
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
+from kvarena.harness.published import beside, with_parts
 from kvarena.harness.report_pictures import is_fidelity, length_heatmaps, section_pictures
 from kvarena.harness.report_provenance import describe_cells
 from kvarena.harness.report_tables import (
@@ -49,7 +50,8 @@ def write_report(results_dir: Path) -> Path:
         raise UsageError(f"{results_dir} has no rows under runs/; run something first (make demo)")
     started = {path.parent for path in (results_dir / "runs").glob("*/*/*/manifest.json")}
     empty = sorted(f"{path.parent.name}/{path.name}" for path in started - set(cell_paths))
-    page = render(rows, compare_cells(rows), describe_cells(cell_paths), empty)
+    cells = beside(with_parts(compare_cells(rows), rows))
+    page = render(rows, cells, describe_cells(cell_paths), empty)
     path = results_dir / "report.html"
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -64,8 +66,8 @@ def render(
 ) -> str:
     """The page as text.
 
-    rows: one line per sample; cells: compare_cells(rows); provenance: describe_cells(folders);
-    empty_cells: names of cells that were begun and have no rows.
+    rows: one line per sample; cells: compare_cells(rows), published figures beside them;
+    provenance: describe_cells(folders); empty_cells: names of cells that were begun and have no rows.
     """
     keys = cells[SECTION].drop_duplicates().sort_values(SECTION).itertuples(index=False)
     sections = [

@@ -18,6 +18,7 @@ import pandas as pd
 from kvarena.harness.comparison import SECTION, compare_cells, compare_pairs, is_full_cache
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import file_name, replacing
+from kvarena.harness.published import beside, with_parts
 from kvarena.harness.results import find_cells
 from kvarena.harness.rows import read_rows
 from kvarena.harness.statistics import SIGNIFICANCE
@@ -86,7 +87,11 @@ def write_tables(results_dir: Path) -> list[Path]:
     written = [folder / "rows.parquet"]
     with replacing(written[0]) as temporary:
         rows.to_parquet(temporary, index=False)
-    frames = {"rows": rows, "summary": cells, "pairs": compare_pairs(rows)}
+    frames = {
+        "rows": rows,
+        "summary": beside(with_parts(cells, rows)),
+        "pairs": compare_pairs(rows),
+    }
     written += [write_csv(frame, folder / f"{name}.csv") for name, frame in frames.items()]
     for labels, own in cells.groupby(SECTION, sort=False):
         tables = grids(own, rows[(rows[SECTION] == list(labels)).all(axis=1)])

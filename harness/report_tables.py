@@ -22,6 +22,7 @@ HEADER = (
     "difference to full, points [95 % interval]",
     "p (Holm)",
     "detectable, points",
+    "published, %",
     "KV kept, MB",
     "KV peak, MB",
     "TTFT, s",
@@ -32,7 +33,8 @@ READING = (
     "Difference: policy minus full cache on the same samples. p (Holm): how often chance alone "
     "would give such a difference, corrected for the number of policies at the budget; below 0.05 "
     "counts as a difference. Detectable: the smallest difference that this many samples would "
-    "show four times out of five. Tie: not significantly below the best. Memory and times are "
+    "show four times out of five. Published: what a paper reports for the same model, tasks, policy "
+    "and budget; grades are in results/published/README.md. Tie: not significantly below the best. Memory and times are "
     "medians, peak is the largest; times compare only between equal slots."
 )
 
@@ -60,6 +62,7 @@ def table_lines(cells: pd.DataFrame) -> list[list[Entry]]:
             _interval(line, "difference", "{:+.1f}"),
             _p_value(line["p_holm"]),
             _number(100 * line["detectable"], 1),
+            _published(line),
             _number(line["kv_bytes_kept"] / 1e6, 1),
             _number(line["kv_bytes_peak"] / 1e6, 1),
             _number(line["ttft_sec"], 3),
@@ -68,6 +71,15 @@ def table_lines(cells: pd.DataFrame) -> list[list[Entry]]:
         ]
         for rank, line in zip(ranks, cells.to_dict("records"), strict=True)
     ]
+
+
+def _published(line: Line) -> Entry:
+    """A paper's figure for the same model, task, parts, policy and budget, with its grade."""
+    value = line.get("published")
+    if value is None or math.isnan(value):
+        return Entry("-", "")
+    source, grade = line["published_source"], line["published_confidence"]
+    return Entry(f"{100 * value:.1f} ({source}, grade {grade})", value)
 
 
 def is_incomplete(cells: pd.DataFrame) -> pd.Series:
