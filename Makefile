@@ -226,8 +226,12 @@ reference-ruler: .venv/.stamp ## RULER's retrieval tasks at 1k and 2k: half an h
 	$(RUN_ALL) experiment=reference_ruler budget=512
 	$(REFERENCE) ruler
 
+.PHONY: notebooks
+notebooks: .venv/.stamp ## run the notebooks on the committed results and keep their outputs
+	.venv/bin/python tests/execute_notebooks.py
+
 .PHONY: anatomy
-anatomy: .venv/.stamp ## what each policy keeps, and where keys point: minutes
+anatomy: .venv/.stamp ## what each policy keeps, and where keys point: ten minutes
 	.venv/bin/python -m kvarena.harness.anatomy results/anatomy
 
 ##@ Work on kvarena

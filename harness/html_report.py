@@ -67,7 +67,7 @@ def render(
     """The page as text.
 
     rows: one line per sample; cells: compare_cells(rows), published figures beside them;
-    provenance: describe_cells(folders); empty_cells: names of cells that were begun and have no rows.
+    provenance: describe_cells(folders); empty_cells: cells that were begun and have no rows.
     """
     keys = cells[SECTION].drop_duplicates().sort_values(SECTION).itertuples(index=False)
     sections = [

@@ -3,6 +3,7 @@
 Every function gives plain values; the page's template alone turns them into HTML.
 """
 
+import math
 from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
@@ -33,9 +34,10 @@ READING = (
     "Difference: policy minus full cache on the same samples. p (Holm): how often chance alone "
     "would give such a difference, corrected for the number of policies at the budget; below 0.05 "
     "counts as a difference. Detectable: the smallest difference that this many samples would "
-    "show four times out of five. Published: what a paper reports for the same model, tasks, policy "
-    "and budget; grades are in results/published/README.md. Tie: not significantly below the best. Memory and times are "
-    "medians, peak is the largest; times compare only between equal slots."
+    "show four times out of five. Published: what a paper reports for the same model, tasks, "
+    "policy and budget; results/published/README.md explains the grades. Tie: not significantly "
+    "below the best. Memory and times are medians, peak is the largest; times compare only between "
+    "equal slots."
 )
 
 
