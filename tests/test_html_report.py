@@ -15,6 +15,7 @@ from kvarena.harness import html_report
 from kvarena.harness.comparison import compare_cells
 from kvarena.harness.html_report import render, write_report
 from kvarena.harness.report_provenance import describe_cells
+from kvarena.harness.report_tables import HEADER
 
 EVIL = "</td><script>alert(1)</script>&$x$\"'"
 NOTHING: dict[str, Any] = {"header": [], "lines": [], "environments": {}, "commands": {}}
@@ -196,9 +197,25 @@ def test_the_table_holds_score_interval_difference_and_standing(page: Page) -> N
     assert full["detectable, points"] == "-"
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_published_figure_stands_beside_the_cell_it_matches(rows: pd.DataFrame) -> None:
+    cells = compare_cells(rows).assign(
+        published=float("nan"), published_source="", published_confidence=""
+    )
+    tova = (cells["policy"] == "tova") & (cells["budget"] == "256")
+    cells.loc[tova, ["published", "published_source", "published_confidence"]] = [
+        0.512,
+        "P, 1",
+        "A",
+    ]
+    page = Page(render(rows, cells, NOTHING))
+    assert line_of(page, "tova", "256")["published, %"] == "51.2 (P, 1, grade A)"
+    assert line_of(page, "tova", "512")["published, %"] == "-"
+
+
 def test_the_table_sorts_by_numbers_and_budgets_by_size(page: Page) -> None:
     cells = [a["data-sort"] for tag, a in page.elements if tag in ("td", "th") and "data-sort" in a]
-    lines = [cells[start : start + 13] for start in range(0, len(cells), 13)]
+    lines = [cells[i : i + len(HEADER)] for i in range(0, len(cells), len(HEADER))]
     assert [line[1] for line in lines] == ["0", "0", "1", "1", "2"]
     assert [float(line[2]) for line in lines] == pytest.approx([0.6, 0.35, 0.6, 0.35, 0.85])
     assert lines[-1][6] == ""  # unknown, which the script puts last
