@@ -97,10 +97,12 @@ def _tokens_per_sec(results_dir: Path, cell: Cell) -> float | None:
 
 
 def print_plans(plans: Sequence[Plan]) -> None:
-    """One line per cell and the sum of what is left."""
+    """One line per cell, then the sums (of memory the largest, of the minutes if all are known)."""
+    plans = list({plan.path: plan for plan in plans}.values())  # full is one cell at any budget
     table = Table(box=SIMPLE_HEAD)
     table.add_column("cell", overflow="fold")
-    for name in ("state", "samples", "tokens left", "KV MB full", "KV MB budget", "minutes left"):
+    headings = ("state", "samples", "tokens\nleft", "KV MB\nfull", "KV MB\nbudget", "minutes\nleft")
+    for name in headings:
         table.add_column(name, justify="right")
     for plan in plans:
         table.add_row(
@@ -112,6 +114,18 @@ def print_plans(plans: Sequence[Plan]) -> None:
             f"{plan.kv_bytes_budget / 1e6:.1f}",
             "?" if plan.eta_sec is None else f"{plan.eta_sec / 60:.1f}",
         )
+    etas = [plan.eta_sec for plan in plans]
+    known = [eta for eta in etas if eta is not None]
+    table.add_section()
+    table.add_row(
+        f"all {len(plans)} cells",
+        "",
+        f"{sum(plan.num_done for plan in plans)}/{sum(plan.num_samples for plan in plans)}",
+        f"{sum(plan.num_tokens for plan in plans):,}",
+        f"{max(plan.kv_bytes_full for plan in plans) / 1e6:.1f}",
+        f"{max(plan.kv_bytes_budget for plan in plans) / 1e6:.1f}",
+        "?" if len(known) < len(etas) else f"{sum(known) / 60:.1f}",
+    )
     console = Console(highlight=False)
     console.width = max(console.width, 100)
     console.print(table)

@@ -6,6 +6,7 @@ again finds what is there already. A sample that is answered or scored again get
 last one that is "ok" counts.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -54,7 +55,7 @@ class CellFolder:
         """
         manifest_path = self.path / "manifest.json"
         if manifest_path.exists():
-            found = json.loads(manifest_path.read_text())["identity"]
+            found = read_manifest(self.path)["identity"]
             if found != self.identity:
                 raise UsageError(f"{manifest_path} was changed: {_changes(found, self.identity)}")
             return
@@ -69,7 +70,7 @@ class CellFolder:
         for manifest_path in sorted(self.path.parent.glob("*/manifest.json")):
             if not manifest_path.parent.name.startswith(self._prefix):
                 continue
-            found = json.loads(manifest_path.read_text())["identity"]
+            found = read_manifest(manifest_path.parent)["identity"]
             if {**found, "content": None} == {**self.identity, "content": None}:
                 raise UsageError(
                     f"{manifest_path.parent} was begun with the same settings but other contents: "
@@ -81,9 +82,16 @@ class CellFolder:
     def claimed(self, *, wait: bool = False) -> Iterator[None]:
         """Two processes must not write the same cell. Raises LockedError if another one does.
 
-        wait: until the other one is done, instead.
+        wait: until the other one is done, instead. Raises UsageError for a place that cannot be
+        written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / ".lock").touch()
+        except OSError as error:
+            raise UsageError(
+                f"{self.path} cannot be written ({error.strerror}); choose another results_dir"
+            ) from error
         with (self.path / ".lock").open("a") as stream:  # a lock ends with its process
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,14 +131,20 @@ class CellFolder:
         return latest_rows(lines, self.rows_path)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row so that it survives a crash right after."""
+        """Write one row so that it survives a crash right after.
+
+        Raises OSError with the file's name, and takes back what was written, when it does not fit.
+        """
         line = json.dumps({**row, "run_id": self.run_id}, ensure_ascii=True).encode() + b"\n"
         with self.rows_path.open("ab", buffering=0) as stream:
-            written = stream.write(line)
-            if written != len(line):  # a full disk writes what fits and only then complains
-                os.truncate(self.rows_path, stream.tell() - written)
-                raise OSError(f"no space left for a row in {self.rows_path}")
-            os.fsync(stream.fileno())
+            num_bytes_before = stream.tell()
+            try:
+                if stream.write(line) != len(line):  # a full disk takes what fits, then complains
+                    raise OSError(errno.ENOSPC, "no space left for a row")
+                os.fsync(stream.fileno())
+            except OSError as error:
+                os.truncate(self.rows_path, num_bytes_before)
+                raise OSError(error.errno, error.strerror, str(self.rows_path)) from error
         counts = self._status.setdefault("counts", {})
         counts[row.get("status")] = counts.get(row.get("status"), 0) + 1
         if time.monotonic() - self._status_written > _STATUS_EVERY_SEC:
@@ -157,8 +171,7 @@ class CellFolder:
 
 def read_status(cell_path: Path) -> dict[str, Any]:
     """status.json of a cell: state, num_planned, counts, updated; empty if there is none."""
-    path = cell_path / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return _read_mapping(cell_path / "status.json") or {}
 
 
 def find_cells(results_dir: Path) -> list[Path]:
@@ -167,11 +180,24 @@ def find_cells(results_dir: Path) -> list[Path]:
 
 
 def read_manifest(cell_path: Path) -> dict[str, Any]:
-    """Raises UsageError for a folder that is not a cell's."""
-    path = cell_path / "manifest.json"
-    if not path.exists():
+    """Raises UsageError for a folder that is not a cell's, or whose manifest is damaged."""
+    manifest = _read_mapping(cell_path / "manifest.json")
+    if manifest is None:
         raise UsageError(f"{cell_path} has rows but no manifest.json; move the folder away")
-    return json.loads(path.read_text())
+    if "identity" not in manifest:
+        raise UsageError(f"{cell_path / 'manifest.json'} is damaged; move the folder away")
+    return manifest
+
+
+def _read_mapping(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; an empty one if the file is damaged, None if there is no file."""
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_lines(cell_path: Path) -> list[dict[str, Any]]:
@@ -207,9 +233,10 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
     """The row of one line; None if it is damaged."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter from thousands of brackets
         return None
-    return row if isinstance(row, dict) and "sample_id" in row else None
+    is_row = isinstance(row, dict) and isinstance(row.get("sample_id"), str | int)
+    return row if is_row else None
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

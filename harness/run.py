@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.config import RunConfig
@@ -274,7 +275,7 @@ def _is_location(value: Any) -> bool:  # Any: whatever Hydra's parser read
 
 
 def _is_usage_error(error: Exception) -> bool:
-    return isinstance(error, UsageError | HydraException | OmegaConfBaseException)
+    return isinstance(error, UsageError | HydraException | OmegaConfBaseException | YAMLError)
 
 
 def _report(error: Exception, results_dir: Path) -> None:

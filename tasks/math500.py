@@ -15,7 +15,7 @@ import pandas as pd
 
 from kvarena.tasks.base import Sample, Task, Tokenizer, content_id, render_prompt, rows_fingerprint
 from kvarena.tasks.math500_data import load_problems
-from kvarena.tasks.math_answers import is_correct, last_box, normalised
+from kvarena.tasks.math_answers import graded, is_correct, last_box, normalised
 from kvarena.tasks.math_grader import check_installed
 
 __all__ = ["Math500", "is_correct", "math500_summary"]
@@ -73,11 +73,12 @@ class Math500(Task):
         """``score``: right by algebra; ``boxed_em``: the same string up to spacing and style.
 
         finished: False for an answer cut off by ``max_new_tokens``, which counts as wrong even with
-        a box in it: that box was not the last word.
+        a box in it: that box was not the last word. Raises Undecided when math-verify comes to no
+        end: such an answer has no score.
         """
         box, gold = last_box(text), sample.references[0]
         same_text = finished and box is not None and normalised(box) == normalised(gold)
-        right = same_text or (finished and is_correct(text, gold))
+        right = same_text or (finished and graded(text, gold))
         return {"score": float(right), "boxed_em": float(same_text)}
 
 

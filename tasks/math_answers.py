@@ -4,8 +4,9 @@ Equal text up to spacing and style is equal; what differs is compared by algebra
 """
 
 import re
+import warnings
 
-from kvarena.tasks.math_grader import are_equal
+from kvarena.tasks.math_grader import Undecided, are_equal
 
 SPACING = re.compile(r"(?<!\\)\\[,;:! ]|\s+|\\q?quad\b|~|(?<!\\)\$")
 STYLE = re.compile(r"\\(?:left|right|displaystyle|degree)(?![a-zA-Z])|\^\{?\\circ\}?|\\[%$]|%")
@@ -15,10 +16,19 @@ REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\{(\d+)\}")
 
 
 def is_correct(prediction: str, answer: str) -> bool:
+    """``graded``, and False with a warning where that is Undecided."""
+    try:
+        return graded(prediction, answer)
+    except Undecided as error:
+        warnings.warn(f"{error}: counted as wrong", stacklevel=2)
+        return False
+
+
+def graded(prediction: str, answer: str) -> bool:
     """Whether the last box of ``prediction``, after its thinking block, equals ``answer``.
 
-    Equal text is equal; math-verify decides the rest. False without a box, with an empty one, or
-    when math-verify does not come to an end within seconds.
+    Equal text is equal; math-verify decides the rest. False without a box or with an empty one.
+    Raises Undecided when math-verify does not come to an end within seconds.
     """
     box = last_box(prediction)
     if box is None or not box.strip():
@@ -41,14 +51,18 @@ def last_box(text: str) -> str | None:
     _, _, text = text.rpartition("</think>")
     if "<think>" in text:
         return None
-    for found in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        # A brace after a backslash is a printed one; two backslashes are a line break.
-        for mark in re.finditer(r"\\.|[{}]", text[found.end() :], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(mark[0], 0)
-            if depth == 0:
-                return text[found.end() : found.end() + mark.start()]
-    return None
+    # All braces are paired in one pass: an answer that repeats an open box thousands of times
+    # would else be read to its end from each of them.
+    opened: list[int] = []
+    closed: dict[int, int] = {}  # where an opening brace ends -> where its closing one starts
+    # A brace after a backslash is a printed one; two backslashes are a line break.
+    for mark in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if mark[0] == "{":
+            opened.append(mark.end())
+        elif mark[0] == "}" and opened:
+            closed[opened.pop()] = mark.start()
+    boxes = [found.end() for found in re.finditer(r"\\boxed\s*\{", text) if found.end() in closed]
+    return text[boxes[-1] : closed[boxes[-1]]] if boxes else None
 
 
 def normalised(answer: str) -> str:

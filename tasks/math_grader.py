@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from contextlib import suppress
 from functools import cache
 
@@ -29,19 +28,20 @@ START_LIMIT_SEC = 120.0  # importing sympy takes seconds from a cold disk
 MEMORY_LIMIT_BYTES = 4 << 30
 
 
+class Undecided(RuntimeError):
+    """math-verify came to no end within the time or the memory it may take."""
+
+
 def are_equal(gold: str, prediction: str) -> bool:
     """Whether math-verify finds the LaTeX ``prediction`` equal to ``gold``.
 
-    Both come without dollar signs. A comparison over the time or memory limit counts as different,
-    with a warning. Works in any thread or forked process. Raises ValueError without math-verify.
+    Both come without dollar signs. Works in any thread or forked process. Raises Undecided for a
+    comparison over the time or memory limit, ValueError without math-verify.
     """
     equal = _grader(os.getpid()).compare(gold, prediction)
     if equal is None:
-        warnings.warn(
-            f"math-verify gave up comparing {prediction[:80]!r} with {gold!r}: counted as wrong",
-            stacklevel=2,
-        )
-    return bool(equal)
+        raise Undecided(f"math-verify gave up comparing {prediction[:80]!r} with {gold!r}")
+    return equal
 
 
 def check_installed() -> None:

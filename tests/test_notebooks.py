@@ -8,10 +8,10 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from execute_notebooks import NOTEBOOKS, executed
 from matplotlib.image import imread, imsave
 from nbformat import NotebookNode
 
+from execute_notebooks import NOTEBOOKS, executed
 from kvarena.harness.errors import UsageError
 from kvarena.harness.notebook_figures import contact_sheet, difference_figure, notebook_rows
 
