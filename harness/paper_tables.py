@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from kvarena.harness import table_notes
 from kvarena.harness.comparison import SECTION, compare_cells, compare_pairs, is_full_cache
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import file_name, replacing
@@ -22,10 +23,10 @@ from kvarena.harness.published import beside, with_parts
 from kvarena.harness.results import find_cells
 from kvarena.harness.rows import read_rows
 from kvarena.harness.statistics import SIGNIFICANCE
+from kvarena.harness.table_notes import AT_LEAST, DIFFERS, TIE
 from kvarena.harness.tables import storable, write_csv
 
 MINUS, MISSING = "\N{MINUS SIGN}", "\N{EN DASH}"
-TIE, DIFFERS, AT_LEAST = "\N{DAGGER}", "*", "\N{GREATER-THAN OR EQUAL TO}"
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -39,10 +40,6 @@ _LATEX = {
     TIE: r"$^{\dagger}$",
     DIFFERS: "$^{*}$",
 } | {sign: f"\\{sign}" for sign in "&%$#_{}"}
-INTERVALS = (
-    "In brackets: 95 % confidence intervals (Wilson's, with Student's t and the sample size that "
-    "has the standard error over documents)."
-)
 _WIDE = 6  # columns of numbers that fit the width of a page
 
 
@@ -125,7 +122,12 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame) -> list[Grid]:
     scores = {policy: [_score(_line(cells, policy, one)) for one in budgets] for policy in policies}
     tables = [
         grid(
-            "score", "Score in %, by KV cache budget,", budgets, scores, INTERVALS, _bold("budget")
+            "score",
+            "Score in %, by KV cache budget,",
+            budgets,
+            scores,
+            table_notes.intervals(cells),
+            table_notes.bold("budget"),
         )
     ]
     if cells["difference"].notna().any():
@@ -135,7 +137,7 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame) -> list[Grid]:
             if not is_full_cache(policy)
         }
         caption = "Score minus that of the full cache, in points, by KV cache budget,"
-        note = _difference_note(cells)
+        note = table_notes.difference(cells)
         tables.append(grid("difference", caption, budgets, differences, note))
     parts = {part: _of_part(rows, cells, part) for part in all_parts}
     for budget in budgets if parts else []:
@@ -147,8 +149,8 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame) -> list[Grid]:
             for policy in policies
         }
         caption = f"Score in % by part at a KV cache budget of {budget}"
-        notes = (INTERVALS, _bold("part"))
-        tables.append(grid(f"parts {budget}", caption, [*parts, "average"], lines, *notes))
+        footnotes = (table_notes.intervals(cells), table_notes.bold("part"))
+        tables.append(grid(f"parts {budget}", caption, [*parts, "average"], lines, *footnotes))
     return tables
 
 
@@ -198,39 +200,12 @@ def _count_notes(cells: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
         yield "SAMPLE DATA: these are kvarena's own rows, not the benchmark."
     shown = cells[cells["score"].notna()]
     if len(shown):
-        documents = _range(shown["num_documents"])
-        yield f"n = {_range(shown['num_ok'])} samples ({documents} documents) per score."
+        documents = table_notes.span(shown["num_documents"])
+        yield f"n = {table_notes.span(shown['num_ok'])} samples ({documents} documents) per score."
     if rows["part"].ne("").any():
         yield "Scores over several parts are means of the parts' scores."
     for line in cells[cells["num_ok"] < cells["num_planned"]].itertuples(index=False):
         yield f"{line.policy} at {line.budget}: {line.num_ok} of {line.num_planned} samples."
-
-
-def _bold(what: str) -> str:
-    return (
-        f"Bold: best policy that evicts, per {what}. {TIE} not significantly below it (p "
-        f"{AT_LEAST} {SIGNIFICANCE}; paired sign-flip test over documents, not corrected for "
-        "several tests)."
-    )
-
-
-def _difference_note(cells: pd.DataFrame) -> str:
-    detectable = 100 * cells["detectable"].dropna()
-    num_pairs = _range(cells.loc[cells["num_pairs"] > 0, "num_pairs"])
-    note = (
-        f"Over the {num_pairs} samples that both have. In brackets: 95 % confidence intervals "
-        "(cluster bootstrap over documents, 10000 resamples, "
-        f"percentile limits stretched for small samples). {DIFFERS} differs from the full cache "
-        f"(p < {SIGNIFICANCE}; paired sign-flip test over documents, Holm's correction over the "
-        "policies at a budget)."
-    )
-    power = f" Detectable with 80 % power: {_range(detectable)} points." if len(detectable) else ""
-    return note + power
-
-
-def _range(values: pd.Series) -> str:
-    few, many = f"{values.min():.0f}", f"{values.max():.0f}"
-    return few if few == many else f"{few} to {many}"
 
 
 def escape_markdown(text: str) -> str:

@@ -1,6 +1,7 @@
 """Tables for a paper: what stands in them, what is marked, escaped and written."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kvarena.harness import table_notes
 from kvarena.harness.comparison import compare_cells, compare_pairs
 from kvarena.harness.errors import UsageError
 from kvarena.harness.paper_tables import (
@@ -297,3 +299,15 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "usage" in done.stderr
+
+
+def test_one_document_per_part_is_said_to_give_no_interval() -> None:
+    cells = pd.DataFrame(
+        {"score": [0.5], "score_low": [math.nan], "difference": [0.1]}
+        | {"difference_low": [math.nan], "num_pairs": [3], "detectable": [math.nan]}
+    )
+    for note in (table_notes.intervals(cells), table_notes.difference(cells)):
+        assert "No intervals: a part has one document only" in note
+        assert "In brackets" not in note
+    assert "In brackets" in table_notes.intervals(cells.assign(score_low=0.2))
+    assert "In brackets" in table_notes.difference(cells.assign(difference_low=0.0))
