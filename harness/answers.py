@@ -120,6 +120,12 @@ def settings_of(cell: Cell, sample: Sample) -> dict[str, Any]:
     }
 
 
+def _evicted(generation: Generation) -> bool:
+    """Whether the budget ever bound: the last new token is never fed."""
+    num_fed = generation.prompt_tokens + len(generation.token_ids) - 1
+    return generation.budget_tokens is not None and num_fed > generation.budget_tokens
+
+
 def _row(job: Job, sample: Sample, generation: Generation, num_samples: int) -> dict[str, Any]:
     """One tidy row without its score."""
     text = job.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
@@ -135,6 +141,7 @@ def _row(job: Job, sample: Sample, generation: Generation, num_samples: int) -> 
         "kv_bytes_peak": generation.kv_bytes_peak,
         "ttft_sec": generation.ttft_sec,
         "decode_tokens_per_sec": generation.decode_tokens_per_sec,
+        "compressed": _evicted(generation),
         "slots": min(job.cell.slots, num_samples),
     }
     if generation.finish_reason == "invalid":

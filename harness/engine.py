@@ -216,8 +216,9 @@ class Engine:
             for sequence, piece in zip(deciding, logits.cpu(), strict=True):
                 sequence.logits.append(piece[None])
         if deciding:
-            # Minus infinity is a token ruled out; NaN or plus infinity is a model gone wrong.
-            broken = (logits.isnan() | logits.isposinf()).any(dim=-1)
+            # Minus infinity is a token ruled out; NaN, plus infinity, or nothing but minus infinity
+            # is a model gone wrong, and so is their largest value.
+            broken = ~logits.amax(dim=-1).isfinite()
             logits = logits.masked_fill(broken[:, None], 0.0)
             for row_index, sequence in enumerate(deciding):
                 if len(sequence.token_ids) < sequence.min_new_tokens:

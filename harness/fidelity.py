@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -64,6 +64,15 @@ class Reference:
         stops = (sample.max_new_tokens, sample.stop_newline, sorted(self.stop_token_ids))
         decides = content_id(sample.prompt_token_ids, self.given, *stops)
         return self.folder / f"{sample.id}-{decides[:8]}.safetensors"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file can be read; a damaged one is made anew."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return {"token_ids", "logits"} <= set(file.keys())
+        except (OSError, SafetensorError):
+            return False
 
     def read(self, name: str) -> Tensor:
         """token_ids [A] or logits [A, V]."""
@@ -147,7 +156,7 @@ def forced_answers(
 
 def _complete(engine: Engine, references: Seq[Reference], label: str) -> None:
     """Run the full cache for the references that have no file yet."""
-    missing = [reference for reference in references if not reference.path.exists()]
+    missing = [reference for reference in references if not reference.is_there]
     if not missing:
         return
     samples = [reference.sample for reference in missing]

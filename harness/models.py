@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import yaml
@@ -186,7 +187,8 @@ def _loading(spec: ModelSpec) -> Iterator[None]:
     except UsageError:
         raise
     # ValueError: an unknown architecture, a tokenizer that is not there, or broken JSON.
-    except (OSError, ValueError, SafetensorError) as error:
+    # UnpicklingError: a .bin file that holds more than weights, none of which is ever run.
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"model {spec.name}: cannot load {spec.source!r} ({reason}); give a folder that holds "

@@ -50,7 +50,7 @@ def own_summaries(task: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         cells = rows[rows["status"] == "ok"].groupby(["model", "variant", "policy", "budget"])[
             columns
         ]
-        means = cells.mean().join(cells.sem(), rsuffix="_se")
+        means = pd.concat([cells.mean(), cells.sem().add_suffix("_se")], axis=1)
         return {"distances": means.reset_index()}
     module_name, _, class_name = load_choice("task", task)["_target_"].rpartition(".")
     summaries = getattr(import_module(module_name), class_name).summaries

@@ -35,7 +35,7 @@ def rescore_cell(path: Path) -> tuple[int, int]:
     num_scored = num_changed = 0
     with folder.claimed():
         for row in folder.rows():
-            if row["status"] not in _SCORABLE:
+            if row.get("status") not in _SCORABLE:
                 continue
             num_scored += 1
             found = {"status": "ok", **_score_of(task, row)}

@@ -46,10 +46,10 @@ class CellFolder:
         self._status: dict[str, Any] = {}
         self._status_written = 0.0
 
-    def open(self, config: Mapping[str, Any], *, fork: bool = False) -> None:
+    def open(self, config: Mapping[str, Any], *, fork: bool = False, **notes: str | None) -> None:
         """Make the folder and its manifest unless they exist.
 
-        config: the resolved configuration of this command, kept for the record.
+        config, notes: the resolved configuration of this command and more for the record.
         Raises UsageError with the fields that differ if a cell of the same settings was begun with
         other contents (data, model files, policy code); ``fork`` begins a cell of its own instead.
         """
@@ -61,7 +61,7 @@ class CellFolder:
             return
         if not fork:
             self._refuse_drift()
-        manifest = {"run_id": self.run_id, "identity": self.identity, "config": config}
+        manifest = {"run_id": self.run_id, "identity": self.identity, "config": config, **notes}
         text = json.dumps({**manifest, **provenance()}, indent=2, default=str)
         with replacing(manifest_path) as path:
             path.write_text(text + "\n")

@@ -1,5 +1,6 @@
 """Bring one cell's rows up to date: claim its folder, run what is missing, survive what fails."""
 
+import hashlib
 import sys
 import traceback
 from collections import Counter
@@ -55,7 +56,9 @@ def run_cell(
         if not missing:
             print(f"{cell.label}: all {len(samples)} samples are there already")
             return Outcome(path=folder.path, sample_ids=planned, num_new=0, num_failed=0)
-        folder.open(cell.config, fork=fork)
+        template = tokenizer.chat_template
+        template_sha256 = template and hashlib.sha256(template.encode()).hexdigest()
+        folder.open(cell.config, fork=fork, chat_template_sha256=template_sha256)
         folder.begin(len(samples), Counter(str(row.get("status")) for row in rows))
         num_ok = 0
         try:

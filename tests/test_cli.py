@@ -293,6 +293,9 @@ def test_a_run_writes_rows_a_manifest_tables_and_pictures(
     assert manifest["config"]["budget"] == 64
     assert manifest["packages"]["torch"] == torch.__version__
     assert manifest["identity"]["dtype"] == "float32"
+    assert all(manifest["identity"]["content"].values())
+    assert "chat_template_sha256" in manifest
+    assert all(row["compressed"] for row in rows)
     table = pd.read_csv(results / "tables" / "needle.csv", dtype={"budget": str})
     assert sorted(table["sample_id"]) == ids(rows)
     assert set(COLUMNS) <= set(table.columns)

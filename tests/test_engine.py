@@ -1,5 +1,7 @@
 """The engine's promises: bounded memory, independence of neighbours, odd prompts, stopping."""
 
+import math
+
 import pytest
 import torch
 
@@ -194,9 +196,14 @@ def test_bytes_are_those_of_what_is_held() -> None:
     assert (short.kv_bytes_kept, short.kv_bytes_peak) == (22 * per_token, 22 * per_token)
 
 
+@pytest.mark.parametrize(
+    ("bad", "where"),
+    [(math.nan, 7), (math.inf, 7), (-math.inf, slice(None))],
+    ids=["nan", "inf", "every token ruled out"],
+)
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1)])
 def test_logits_that_are_no_numbers_end_the_answer_as_invalid(
-    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+    sampling: Sampling, bad: float, where: int | slice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The poisoned sequence alone: its neighbour answers as if nothing had happened."""
     model, prompts = toy_model(), [toy_prompt(40), toy_prompt(30, seed=1)]
@@ -214,7 +221,7 @@ def test_logits_that_are_no_numbers_end_the_answer_as_invalid(
         deciding = [s for _, s, t in work if s.num_seen + len(t) >= len(s.prompt)]
         for i, sequence in enumerate(deciding):
             if sequence.index == 0 and len(sequence.token_ids) == 2:
-                logits[i, 7] = float("nan")
+                logits[i, where] = bad
         return logits
 
     monkeypatch.setattr(Engine, "_forward", poisoned)
