@@ -27,7 +27,7 @@ from kvarena.harness.passes import ARENA, ForwardPass, pack_runs
 from kvarena.harness.requests import StopTokens, check_budget, plan_sequences
 from kvarena.harness.rotary import KeyRotator
 from kvarena.harness.sampling import Sampling
-from kvarena.harness.sequence import Generation, KeptTokens, Sequence
+from kvarena.harness.sequence import Generation, KeptTokens, Sequence, in_order
 from kvarena.policies.base import Policy
 
 
@@ -129,7 +129,7 @@ class Engine:
         )
         recording = _Recording(kept=record_kept, history=record_history, logits=record_logits)
         finished = self._run(sequences, sampling or Sampling(), recording, on_pass)
-        return finished if as_completed else _in_order(finished)
+        return finished if as_completed else in_order(finished)
 
     def _run(
         self,
@@ -290,14 +290,3 @@ class Engine:
             kept_history=sequence.history if recording.history else None,
             logits=torch.cat(sequence.logits) if recording.logits else None,
         )
-
-
-def _in_order(finished: Iterator[Generation]) -> Iterator[Generation]:
-    """The same generations by index, each as soon as all before it are there."""
-    early: dict[int, Generation] = {}
-    next_index = 0
-    for generation in finished:
-        early[generation.index] = generation
-        while next_index in early:
-            yield early.pop(next_index)
-            next_index += 1

@@ -1,5 +1,6 @@
 """What goes through a slot of the engine and what comes out of it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -149,3 +150,14 @@ class Sequence:
         if len(self.token_ids) < 2:
             return None
         return (len(self.token_ids) - 1) / (self.last_token_at - self.first_token_at)
+
+
+def in_order(finished: Iterator[Generation]) -> Iterator[Generation]:
+    """The same generations by index, each as soon as all before it are there."""
+    early: dict[int, Generation] = {}
+    next_index = 0
+    for generation in finished:
+        early[generation.index] = generation
+        while next_index in early:
+            yield early.pop(next_index)
+            next_index += 1

@@ -79,5 +79,7 @@ def test_what_has_run_is_taken_off_and_tells_how_fast(
     done = plan_cell(toy_cell(folder), tmp_path)
     assert (outcome.num_new, done.state, done.num_tokens) == (1, "done", 0)
     assert [status.state for status in cell_statuses(tmp_path)] == ["done"]
-    print_plans([plan, done])
-    assert "1/2" in capsys.readouterr().out
+    print_plans([plan, plan])  # one cell under two budgets, as the full cache is
+    shown = capsys.readouterr().out
+    assert "all 1 cells" in shown
+    assert shown.count("1/2") == 2  # the cell's line and the sum
