@@ -58,7 +58,9 @@ def is_full_cache(policy: str) -> bool:
 Cell = tuple[str, str]  # policy and budget
 
 
-def compare_cells(rows: pd.DataFrame, *, allow_partial: bool = False) -> pd.DataFrame:
+def compare_cells(
+    rows: pd.DataFrame, *, allow_partial: bool = False, bounds: Bounds | None = (0.0, 1.0)
+) -> pd.DataFrame:
     """One line per (task, model, variant, policy, budget), small budgets first, best score first.
 
     num_planned, num_ok: rows asked for, rows that count; num_documents: independent ones in them
@@ -69,12 +71,15 @@ def compare_cells(rows: pd.DataFrame, *, allow_partial: bool = False) -> pd.Data
         cache of the same task, model and variant, over the samples that both have; NaN (and no
         pairs) for the full cache itself and where its run is missing or there are two versions
     p_holm: p_value corrected for all policies compared with full at one budget
-    is_best: the highest score at a budget among policies that evict
+    is_best: the highest score at a budget among policies that evict; of nobody where they did not
+        answer the same samples
     ties_best: another of them that is not significantly below a best one (p >= 0.05, uncorrected)
+
+    bounds: between which scores lie; None for another measure in their place, such as nats
 
     Raises UsageError for missing columns and no rows; warns of rows that repeat a sample and seed.
     """
-    found = [_compare_section(section) for section in _sections(rows, allow_partial)]
+    found = [_compare_section(section) for section in _sections(rows, allow_partial, bounds)]
     table = pd.DataFrame(list(itertools.chain(*found)), columns=[*CELL, *_OF_CELLS])
     ascending = sorted(table["budget"].unique(), key=lambda label: parse_budget(label).sort_key)
     rank = table["budget"].map({label: place for place, label in enumerate(ascending)})
@@ -92,7 +97,7 @@ def compare_pairs(rows: pd.DataFrame, *, allow_partial: bool = False) -> pd.Data
     Raises and warns as compare_cells does.
     """
     found = []
-    for section in _sections(rows, allow_partial):
+    for section in _sections(rows, allow_partial, (0.0, 1.0)):
         for budget in section.cells["budget"].unique():
             policies = sorted(section.cells.loc[section.cells["budget"] == budget, "policy"])
             lines = []
@@ -164,13 +169,15 @@ def _compare_section(section: _Section) -> list[dict[str, Any]]:
 
 def _mark_best(section: _Section, lines: list[dict[str, Any]]) -> None:
     scored = [line for line in lines if not math.isnan(line["score"])]
+    if len({frozenset(section.samples[_key(line)].index) for line in scored}) > 1:
+        return  # a mean over easier samples is not a better policy
     highest = max((line["score"] for line in scored), default=math.nan)
     for line in scored:
         line["is_best"] = line["score"] >= highest - 1e-12
     best = [line for line in scored if line["is_best"]]
     for line in scored:
         line["ties_best"] = not line["is_best"] and any(
-            not section.difference(_key(line), _key(one)).p_value < SIGNIFICANCE for one in best
+            section.difference(_key(line), _key(one)).p_value >= SIGNIFICANCE for one in best
         )
 
 
@@ -197,8 +204,10 @@ def _verdict(line: dict[str, Any], p_holm: float) -> str:
     return f"{better} is better" if p_holm < SIGNIFICANCE else "tie"
 
 
-def _sections(rows: pd.DataFrame, allow_partial: bool) -> Iterator[_Section]:
+def _sections(rows: pd.DataFrame, allow_partial: bool, bounds: Bounds | None) -> Iterator[_Section]:
     needed = ["task", "model", "policy", "budget", "sample_id", "seed", "status", "slots"]
+    if "status" in rows and not (rows["status"] == "ok").any():  # nothing was ever measured
+        rows = rows.assign(**{name: math.nan for name in [*NUMBERS, "slots"] if name not in rows})
     require_columns(rows, [*needed, *NUMBERS])
     for _, section in _with_defaults(rows).groupby(SECTION, sort=False):
         ok = section[section["ok"]]
@@ -226,8 +235,6 @@ def _sections(rows: pd.DataFrame, allow_partial: bool) -> Iterator[_Section]:
             for (policy, budget), own in ok.groupby(["policy", "budget"])
             if (policy, budget) in shown
         }
-        # Other measures, such as a divergence in nats, may be compared in place of the score.
-        bounds = (0.0, 1.0) if ok["score"].between(0, 1).all() else None
         labels = {name: str(section[name].iloc[0]) for name in SECTION}
         yield _Section(labels, table.reset_index(), samples, bounds)
 

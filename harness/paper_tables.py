@@ -97,6 +97,8 @@ def write_tables(results_dir: Path) -> list[Path]:
             written.append(folder / f"{stem}{suffix}")
             with replacing(written[-1]) as temporary:
                 temporary.write_text("\n".join(map(render, tables)), encoding="utf-8")
+    for stale in {*folder.glob("*.md"), *folder.glob("*.tex")} - set(written):
+        stale.unlink()  # of cells that have another name now, it would look current
     return written
 
 

@@ -1,6 +1,5 @@
 """What a cell would take, worked out from configuration and tokenizer: the model never loads."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from kvarena.harness import models
 from kvarena.harness.cell import Cell
+from kvarena.harness.errors import UsageError
 from kvarena.harness.results import CellFolder, find_cells, read_lines
 
 _POSITION_BYTES = 4  # stored beside every token of every KV head
@@ -37,18 +37,19 @@ class Plan:
     eta_sec: float | None
 
 
-def plan_cell(cell: Cell, results_dir: Path) -> Plan:
+def plan_cell(cell: Cell, results_dir: Path, *, fork: bool = False) -> Plan:
     """Raises UsageError for whatever would stop the run before its model loads.
 
-    Also notes the cell as planned, so that ``make status`` can tell what is missing.
+    Also notes how many samples were planned, so that ``make status`` can tell what is missing.
     """
     folder = CellFolder(results_dir, cell.identity)
     samples = cell.samples(models.load_tokenizer(cell.model))
     rows = read_lines(folder.path)
     done = {row["sample_id"] for row in rows if row.get("status") == "ok"}
     left = [sample for sample in samples if sample.id not in done]
-    if not (folder.path / "status.json").exists():
-        folder.begin(len(samples), Counter(str(row.get("status")) for row in rows), state="planned")
+    if not fork and not (folder.path / "manifest.json").exists():
+        folder.refuse_drift()
+    folder.note_plan(len(samples))
     longest = [len(s.prompt_token_ids) + s.max_new_tokens for s in samples]
     bounds = [cell.budget_tokens(sample) for sample in samples]
     held = [
@@ -86,7 +87,11 @@ def _tokens_per_sec(results_dir: Path, cell: Cell) -> float | None:
     for path in find_cells(results_dir):
         if path.parent.name != cell.model.name:
             continue
-        for row in read_lines(path):
+        try:
+            rows = read_lines(path)
+        except UsageError:  # a damaged cell is no reason not to plan another
+            continue
+        for row in rows:
             if row.get("status") != "ok" or row["policy"] != cell.policy_label:
                 continue
             num_tokens += row["prompt_tokens"] + row["generated_tokens"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from kvarena.harness import plots, tables
-from kvarena.harness.comparison import compare_cells
+from kvarena.harness.comparison import CELL, compare_cells
 from kvarena.harness.files import file_name
 from kvarena.harness.registry import choices, load_choice
 from kvarena.harness.rows import read_rows
@@ -35,7 +35,8 @@ def report(
             print(f"SAMPLE DATA: these rows are kvarena's own, not the {task} benchmark.")
         written.append(tables.write_csv(task_rows, results_dir / "tables" / f"{task}.csv"))
         written.append(tables.write_csv(summary, results_dir / "tables" / f"{task}-summary.csv"))
-        for name, table in own_summaries(str(task), task_rows).items():
+        scored = task_rows.merge(summary.loc[summary["score"].notna(), CELL], on=CELL)
+        for name, table in own_summaries(str(task), scored).items():
             written.append(tables.write_csv(table, results_dir / "tables" / f"{task}-{name}.csv"))
         for (model, variant), some in task_rows.groupby(["model", "variant"]):
             folder = results_dir / "plots" / str(task) / file_name(str(model))
@@ -44,7 +45,12 @@ def report(
 
 
 def own_summaries(task: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """What the task itself makes of its rows; of forced answers, how far the policy moves."""
+    """What the task itself makes of its rows; of forced answers, how far the policy moves.
+
+    rows: of cells that may show a score, so that no average hides what is missing.
+    """
+    if rows.empty:
+        return {}
     if task not in choices("task"):
         columns = [name for name in _DISTANCES if name in rows.columns]
         cells = rows[rows["status"] == "ok"].groupby(["model", "variant", "policy", "budget"])[

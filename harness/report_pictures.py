@@ -101,7 +101,9 @@ def _budget_pictures(
     rows: pd.DataFrame, cells: pd.DataFrame, measure: Measure
 ) -> Iterator[Picture]:
     if measure.column != "score":
-        cells = compare_cells(rows.assign(score=rows[measure.column]))
+        # Shares lie between 0 and 1; a divergence in nats has no largest value.
+        bounds = None if measure.column == "kl_mean" else (0.0, 1.0)
+        cells = compare_cells(rows.assign(score=rows[measure.column]), bounds=bounds)
     for kind, frame in charts.by_budget_kind(cells).items():
         svg = charts.budget_chart(frame, kind, measure.ylabel, measure.scale)
         words = _in_words(frame, "score", measure.scale)

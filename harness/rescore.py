@@ -33,6 +33,7 @@ def rescore_cell(path: Path) -> tuple[int, int]:
     if folder.path != path:
         raise UsageError(f"{path} was written by another version of kvarena; run it again")
     num_scored = num_changed = 0
+    # status.json stays as it is: how many samples were asked for is not a matter of scores.
     with folder.claimed():
         for row in folder.rows():
             if row.get("status") not in _SCORABLE:
@@ -68,6 +69,8 @@ def _score_of(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """The argument is a results folder; cells of forced answers are named and passed over."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m kvarena.harness.rescore <results_dir>")
     cells = find_cells(Path(sys.argv[1]))
     if not cells:
         print(f"error: no cells in {sys.argv[1]}; run something first", file=sys.stderr)

@@ -60,13 +60,14 @@ class CellFolder:
                 raise UsageError(f"{manifest_path} was changed: {_changes(found, self.identity)}")
             return
         if not fork:
-            self._refuse_drift()
+            self.refuse_drift()
         manifest = {"run_id": self.run_id, "identity": self.identity, "config": config, **notes}
         text = json.dumps({**manifest, **provenance()}, indent=2, default=str)
         with replacing(manifest_path) as path:
             path.write_text(text + "\n")
 
-    def _refuse_drift(self) -> None:
+    def refuse_drift(self) -> None:
+        """Raise UsageError if a cell of the same settings was begun with other contents."""
         for manifest_path in sorted(self.path.parent.glob("*/manifest.json")):
             if not manifest_path.parent.name.startswith(self._prefix):
                 continue
@@ -145,21 +146,32 @@ class CellFolder:
             except OSError as error:
                 os.truncate(self.rows_path, num_bytes_before)
                 raise OSError(error.errno, error.strerror, str(self.rows_path)) from error
+        if not self._status:  # scored again, not run: whoever does that keeps the books
+            return
         counts = self._status.setdefault("counts", {})
         counts[row.get("status")] = counts.get(row.get("status"), 0) + 1
         if time.monotonic() - self._status_written > _STATUS_EVERY_SEC:
             self.write_status("running")
 
-    def begin(self, num_planned: int, counts: Mapping[str, int], *, state: str = "running") -> None:
-        """Note in status.json what is to be done. counts: rows there already, by status."""
-        before = read_status(self.path).get("num_planned", 0)
-        self._status = {
-            "num_planned": max(before, num_planned),
+    def begin(self, num_planned: int, counts: Mapping[str, int]) -> None:
+        """Note in status.json that work starts. counts: rows there already, by status.
+
+        The most samples that any command asked for stay planned.
+        """
+        noted = read_status(self.path)
+        self._status = noted | {
+            "num_planned": max(noted.get("num_planned", 0), num_planned),
             "counts": dict(counts),
             "pid": os.getpid(),
             "host": os.uname().nodename,
         }
-        self.write_status(state)
+        self.write_status("running")
+
+    def note_plan(self, num_samples: int) -> None:
+        """Note in status.json how many samples a plan wants, which no score waits for."""
+        noted = read_status(self.path)
+        self._status = noted | {"num_in_plan": num_samples}
+        self.write_status(noted.get("state", "planned"))
 
     def write_status(self, state: str) -> None:
         """state: planned | running | done | failed | cancelled."""
@@ -170,7 +182,7 @@ class CellFolder:
 
 
 def read_status(cell_path: Path) -> dict[str, Any]:
-    """status.json of a cell: state, num_planned, counts, updated; empty if there is none."""
+    """status.json of a cell: state, num_planned, num_in_plan, counts, updated; empty if none."""
     return _read_mapping(cell_path / "status.json") or {}
 
 

@@ -137,7 +137,7 @@ def _run(settings: DictConfig, session: Session) -> str:
     session.allow_partial = config["allow_partial"]
     session.results_dir = Path(config["results_dir"])
     if config["mode"] == "plan":
-        plan = plan_cell(cell, session.results_dir)
+        plan = plan_cell(cell, session.results_dir, fork=config["drift"] == "fork")
         session.plans.append(plan)
         return str(plan.path)
     # In a sweep two jobs may be one cell (full has no budget): the second waits and finds it done.

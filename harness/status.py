@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from kvarena.harness.errors import UsageError
-from kvarena.harness.results import read_lines, read_status
+from kvarena.harness.results import find_cells, read_lines, read_status
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellStatus:
-    """state: done | failed | running | stopped (killed or cancelled) | missing.
+    """state: done | failed | running | incomplete | missing (nothing ran) | damaged.
 
-    num_failed: by row status (oom, error, invalid, score_error).
+    num_planned: samples that any command or plan wanted; num_failed: by row status (oom, error,
+    invalid, score_error).
     """
 
     path: Path
@@ -41,40 +42,52 @@ class CellStatus:
 
 def cell_statuses(results_dir: Path) -> list[CellStatus]:
     """Of all cells below ``results_dir``. Raises UsageError if there are none."""
-    paths = sorted(path.parent for path in (results_dir / "runs").glob("*/*/*/status.json"))
+    cells = results_dir / "runs"
+    paths = {path.parent for path in cells.glob("*/*/*/status.json")} | set(find_cells(results_dir))
     if not paths:
         raise UsageError(
             f"no cells in {results_dir}: run something first, or add mode=plan to a command to see "
             "what it would take"
         )
-    return [_cell_status(path) for path in paths]
+    return [_cell_status(path) for path in sorted(paths)]
 
 
 def _cell_status(path: Path) -> CellStatus:
+    """By the rows, as far as they go: a kill can leave anything in status.json."""
     noted = read_status(path)
-    counts = Counter(str(row.get("status")) for row in read_lines(path))
+    try:
+        counts = Counter(str(row.get("status")) for row in read_lines(path))
+    except UsageError:
+        counts, damaged = Counter(), True
+    else:
+        damaged = False
     num_ok = counts.pop("ok", 0)
-    state = str(noted["state"])
-    if not num_ok and not counts and state in ("planned", "cancelled"):
-        state = "missing"
-    elif state == "running":
-        state = "running" if _is_locked(path) else "stopped"
-    elif state == "cancelled":
-        state = "stopped"
-    elif counts or num_ok < noted["num_planned"]:
-        state = "failed" if counts else "stopped"
+    wanted = max(int(noted.get(name, 0)) for name in ("num_planned", "num_in_plan"))
+    num_planned = wanted or num_ok + counts.total()
+    if damaged:
+        state = "damaged"
+    elif _is_locked(path):
+        state = "running"
+    elif num_planned and num_ok >= num_planned:
+        state = "done"
+    elif counts or (not num_ok and noted.get("state") == "failed"):
+        state = "failed"
+    else:
+        state = "incomplete" if num_ok else "missing"
     return CellStatus(
         path=path,
         state=state,
         num_ok=num_ok,
-        num_planned=noted["num_planned"],
+        num_planned=num_planned,
         num_failed=counts,
-        updated=str(noted["updated"]),
+        updated=str(noted.get("updated", "-")),
     )
 
 
 def _is_locked(path: Path) -> bool:
     """Whether a living process writes the cell: its lock ends with it, whatever killed it."""
+    if not (path / ".lock").exists():
+        return False
     with (path / ".lock").open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -104,6 +117,8 @@ def print_statuses(statuses: Sequence[CellStatus]) -> None:
 
 def main() -> None:
     """The argument is a results folder."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m kvarena.harness.status <results_dir>")
     try:
         print_statuses(cell_statuses(Path(sys.argv[1])))
     except UsageError as error:

@@ -59,7 +59,7 @@ def _guarded(tracker: str, cell_path: Path, problems: list[str]) -> None:
 
 
 def cell_means(rows: pd.DataFrame) -> dict[str, float]:
-    """Share of good samples, and means over those; what was never measured is left out."""
+    """Counts of samples, and plain means over the good ones; unmeasured things are left out."""
     ok = rows[rows["status"] == "ok"]
     columns = [name for name in ("score", "kl_mean", *_TIMES_AND_SIZES) if name in ok]
     means = ok[columns].apply(pd.to_numeric).mean().dropna()

@@ -5,6 +5,8 @@ averaged. ``variant`` says what differs, for all cells of a task and model alike
 is still compared with the full cache under the same settings.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,16 +36,20 @@ def variants(identities: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def policy_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The policy's name, and a hash of its code where one name stands for several versions."""
-    codes: dict[str, set[Any]] = {}
-    settings = [flat(identity) for identity in identities]
-    for cell in settings:
-        codes.setdefault(cell["policy.name"], set()).add(cell.get("content.policy"))
+    """The policy's name, and a hash where one name stands for several codes or default options."""
+    names = [str(identity["policy"]["name"]) for identity in identities]
+    versions = [
+        _digits([identity["policy"], identity.get("content", {}).get("policy")])
+        for identity in identities
+    ]
+    several = {
+        name
+        for name in names
+        if len({version for own, version in zip(names, versions, strict=True) if own == name}) > 1
+    }
     return [
-        cell["policy.name"]
-        if len(codes[cell["policy.name"]]) == 1
-        else f"{cell['policy.name']}@{str(cell.get('content.policy'))[:4]}"
-        for cell in settings
+        f"{name}@{version}" if name in several else name
+        for name, version in zip(names, versions, strict=True)
     ]
 
 
@@ -67,4 +73,11 @@ def _short_name(key: str, keys: Sequence[str]) -> str:
 
 def _short(value: Any) -> str:  # Any: a JSON value
     text = str(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    # What is cut off must still tell two values apart, for they are grouped by this text.
+    return f"{text[: _LONGEST_VALUE - 3]}...#{_digits(value)}"
+
+
+def _digits(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:4]

@@ -180,7 +180,7 @@ def test_other_seeds_budgets_and_variants_are_no_repeats() -> None:
 
 
 def test_measures_outside_zero_to_one_are_compared_too() -> None:
-    line = compare_cells(cell([0.5, 3.0, -1.0, 2.0])).iloc[0]
+    line = compare_cells(cell([0.5, 3.0, -1.0, 2.0]), bounds=None).iloc[0]
     assert line.score_low < 0
     assert line.score_high > 1
 
@@ -338,7 +338,7 @@ def test_the_best_is_of_those_that_evict_at_each_budget() -> None:
 def test_what_is_not_significantly_below_the_best_ties_with_it() -> None:
     other = HARD.copy()
     other[:6] += [0.1, -0.1, 0.1, -0.1, -0.1, -0.05]
-    table = compare_cells(cells(h2o=HARD, tova=other, keydiff=NEAR))
+    table = compare_cells(cells(h2o=HARD, tova=other, keydiff=NEAR), bounds=None)
     assert line_of(table, "h2o").is_best
     assert line_of(table, "tova").ties_best
     assert not line_of(table, "h2o").ties_best
@@ -429,3 +429,30 @@ def test_the_recorded_needles_separate_as_they_should() -> None:
     at_512 = table[(table.budget == "512") & table.ties_best]
     assert set(at_512.policy) == {"streaming_llm", "tova"}
     assert (table.loc[table.policy != "full", "p_holm"] < 0.05).all()
+
+
+def test_nobody_is_best_where_policies_answered_other_samples() -> None:
+    easy = [{"policy": "keydiff", "sample_id": f"s{i}", "score": 1.0} for i in range(2)]
+    all_of_them = [
+        {"policy": "snapkv", "sample_id": f"s{i}", "score": float(i < 2)} for i in range(6)
+    ]
+    table = compare_cells(make_rows(*easy, *all_of_them))
+    assert not table["is_best"].any()
+    assert not table["ties_best"].any()
+    same = compare_cells(make_rows(*easy, *all_of_them[:2]))
+    assert same["is_best"].all()
+
+
+def test_a_measure_without_bounds_gets_no_interval_of_scores() -> None:
+    rows = make_rows(*[{"sample_id": f"s{i}", "score": 0.0} for i in range(20)])
+    within, unbounded = compare_cells(rows), compare_cells(rows, bounds=None)
+    assert 0 < within["score_high"].iloc[0] < 0.2
+    assert not unbounded["score_high"].iloc[0] > 0
+
+
+def test_where_everything_failed_there_is_a_table_without_scores() -> None:
+    rows = make_rows({"status": "error"}, {"status": "oom", "sample_id": "b"})
+    bare = rows.drop(columns=["score", "kv_bytes_kept", "kv_bytes_peak", "ttft_sec", "slots"])
+    table = compare_cells(bare)
+    assert table["num_ok"].tolist() == [0]
+    assert table["score"].isna().all()

@@ -6,6 +6,7 @@ import pytest
 
 from kvarena.harness import models
 from kvarena.harness.cell import Cell
+from kvarena.harness.errors import UsageError
 from kvarena.harness.models import ModelSpec
 from kvarena.harness.plan import bytes_per_token, plan_cell, print_plans
 from kvarena.harness.registry import load_choice
@@ -65,6 +66,18 @@ def test_a_plan_counts_samples_tokens_and_bytes_and_loads_no_model(
     assert plan.kv_bytes_budget == (64 + 32) * per_token
     assert plan.eta_sec is None  # nothing has run here yet
     assert [status.state for status in cell_statuses(tmp_path)] == ["missing"]
+
+
+def test_a_plan_says_what_would_stop_the_run(folder: Path, tmp_path: Path) -> None:
+    run_cell(toy_cell(folder, limit=1), tmp_path)
+    text = folder / "hay" / "more.txt"
+    text.write_text("Another line that changes the data.")
+    try:
+        with pytest.raises(UsageError, match=r"other contents: content\.data"):
+            plan_cell(toy_cell(folder), tmp_path)
+        assert plan_cell(toy_cell(folder), tmp_path, fork=True).state == "missing"
+    finally:
+        text.unlink()
 
 
 def test_what_has_run_is_taken_off_and_tells_how_fast(

@@ -107,7 +107,9 @@ def test_status_tells_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixt
     cell(tmp_path, "done", [row("a", "x"), row("b", "x")]).write_status("done")
     cell(tmp_path, "failed", [row("a", "x"), row("b", "", status="oom")]).write_status("failed")
     cell(tmp_path, "killed", [row("a", "x")])  # says "running", but nobody holds its lock
-    cell(tmp_path, "planned").write_status("planned")
+    planned = cell(tmp_path, "planned")
+    (planned.path / "status.json").unlink()
+    planned.note_plan(2)
     running = cell(tmp_path, "running", [row("a", "x")])
     with running.claimed():
         found = {status.path.name.partition("-")[0]: status for status in cell_statuses(tmp_path)}
@@ -115,13 +117,13 @@ def test_status_tells_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {name: status.state for name, status in found.items()} == {
         "done": "done",
         "failed": "failed",
-        "killed": "stopped",
+        "killed": "incomplete",
         "planned": "missing",
         "running": "running",
     }
     assert (found["failed"].num_ok, found["failed"].num_failed) == (1, {"oom": 1})
     shown = capsys.readouterr().out
-    assert "1 done, 1 failed, 1 missing, 1 running, 1 stopped" in shown
+    assert "1 done, 1 failed, 1 incomplete, 1 missing, 1 running" in shown
     assert "1 oom" in shown
 
 
@@ -136,3 +138,37 @@ def test_a_longer_plan_is_remembered(tmp_path: Path) -> None:
     folder.begin(3, {"ok": 1})
     assert json.loads((folder.path / "status.json").read_text())["num_planned"] == 20
     assert read_rows([folder.path])["num_planned"].tolist() == [20]
+
+
+def test_scoring_again_keeps_what_was_asked_for(tmp_path: Path) -> None:
+    folder = cell(tmp_path, rows=[row("a", "48213", status="score_error", error="x", score=None)])
+    folder.write_status("failed")
+    assert rescore_cell(folder.path) == (1, 1)
+    (status,) = cell_statuses(tmp_path)
+    assert (status.state, status.num_ok, status.num_planned) == ("incomplete", 1, 2)
+    assert read_rows([folder.path])["num_planned"].tolist() == [2]
+
+
+def test_a_plan_raises_what_is_missing_but_not_what_a_score_waits_for(tmp_path: Path) -> None:
+    folder = cell(tmp_path, rows=[row("a", "x"), row("b", "x")])
+    folder.write_status("done")
+    folder.note_plan(6)
+    (status,) = cell_statuses(tmp_path)
+    assert (status.state, status.num_ok, status.num_planned) == ("incomplete", 2, 6)
+    assert read_rows([folder.path])["num_planned"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]"])
+def test_status_gets_by_without_its_own_file(tmp_path: Path, content: bytes | None) -> None:
+    folder = cell(tmp_path, rows=[row("a", "x")])
+    path = folder.path / "status.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    (status,) = cell_statuses(tmp_path)
+    assert (status.state, status.num_ok, status.num_planned) == ("done", 1, 1)
+
+
+def test_a_damaged_cell_does_not_hide_the_others(tmp_path: Path) -> None:
+    folder = cell(tmp_path, "damaged", [row("a", "x"), row("b", "x")])
+    folder.rows_path.write_bytes(b"{\n" + folder.rows_path.read_bytes())
+    cell(tmp_path, "good", [row("a", "x"), row("b", "x")])
+    assert [status.state for status in cell_statuses(tmp_path)] == ["damaged", "done"]
