@@ -217,9 +217,10 @@ reference-longbench: .venv/.stamp ## LongBench and its fidelity, DATA=folder: an
 	$(REFERENCE) longbench fidelity-longbench
 
 .PHONY: reference-math500
-reference-math500: .venv/.stamp ## MATH-500's first 20 problems, DATA=test.jsonl: half an hour
+reference-math500: .venv/.stamp ## MATH-500's first 20 problems and fidelity, DATA=test.jsonl: half an hour
 	$(RUN_ALL) experiment=reference_math500 budget=96 $(call option,task.data,$(value DATA))
-	$(REFERENCE) math500
+	$(RUN_ALL) experiment=reference_math500_fidelity budget=96 $(if $(DATA),'task.options={data: $(value DATA)}')
+	$(REFERENCE) math500 fidelity-math500
 
 .PHONY: reference-ruler
 reference-ruler: .venv/.stamp ## RULER's retrieval tasks at 1k and 2k: half an hour
