@@ -6,7 +6,7 @@ Equal text up to spacing and style is equal; what differs is compared by algebra
 import re
 import warnings
 
-from kvarena.tasks.math_grader import Undecided, are_equal
+from kvarena.tasks.math_grader import UndecidedError, are_equal
 
 SPACING = re.compile(r"(?<!\\)\\[,;:! ]|\s+|\\q?quad\b|~|(?<!\\)\$")
 STYLE = re.compile(r"\\(?:left|right|displaystyle|degree)(?![a-zA-Z])|\^\{?\\circ\}?|\\[%$]|%")
@@ -16,10 +16,10 @@ REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\{(\d+)\}")
 
 
 def is_correct(prediction: str, answer: str) -> bool:
-    """``graded``, and False with a warning where that is Undecided."""
+    """``graded``, and False with a warning where that is UndecidedError."""
     try:
         return graded(prediction, answer)
-    except Undecided as error:
+    except UndecidedError as error:
         warnings.warn(f"{error}: counted as wrong", stacklevel=2)
         return False
 
@@ -28,7 +28,7 @@ def graded(prediction: str, answer: str) -> bool:
     """Whether the last box of ``prediction``, after its thinking block, equals ``answer``.
 
     Equal text is equal; math-verify decides the rest. False without a box or with an empty one.
-    Raises Undecided when math-verify does not come to an end within seconds.
+    Raises UndecidedError when math-verify does not come to an end within seconds.
     """
     box = last_box(prediction)
     if box is None or not box.strip():

@@ -28,19 +28,19 @@ START_LIMIT_SEC = 120.0  # importing sympy takes seconds from a cold disk
 MEMORY_LIMIT_BYTES = 4 << 30
 
 
-class Undecided(RuntimeError):
+class UndecidedError(RuntimeError):
     """math-verify came to no end within the time or the memory it may take."""
 
 
 def are_equal(gold: str, prediction: str) -> bool:
     """Whether math-verify finds the LaTeX ``prediction`` equal to ``gold``.
 
-    Both come without dollar signs. Works in any thread or forked process. Raises Undecided for a
+    Both come without dollar signs. Works in any thread or forked process. Raises UndecidedError for a
     comparison over the time or memory limit, ValueError without math-verify.
     """
     equal = _grader(os.getpid()).compare(gold, prediction)
     if equal is None:
-        raise Undecided(f"math-verify gave up comparing {prediction[:80]!r} with {gold!r}")
+        raise UndecidedError(f"math-verify gave up comparing {prediction[:80]!r} with {gold!r}")
     return equal
 
 

@@ -27,7 +27,7 @@ from kvarena.tasks.base import Sample, Task
 from kvarena.tasks.longbench import LongBench
 from kvarena.tasks.math500 import Math500, is_correct
 from kvarena.tasks.math_answers import last_box
-from kvarena.tasks.math_grader import Undecided
+from kvarena.tasks.math_grader import UndecidedError
 from kvarena.tasks.needle import Needle
 from toy_folder import toy_overrides
 
@@ -222,12 +222,12 @@ def test_an_answer_that_the_grader_cannot_decide_has_no_score(
     task, text = Math500(data="sample"), rf"\boxed{{{HANGING}}}"
     assert is_correct(r"\boxed{0.5}", "1/2")  # the child is there
     monkeypatch.setattr(math_grader, "WALL_LIMIT_SEC", 1.0)
-    with pytest.raises(Undecided, match="math-verify gave up comparing"):
+    with pytest.raises(UndecidedError, match="math-verify gave up comparing"):
         task.score(math_sample("5"), text)
     found = answers.score(task, math_sample("5"), text, finished=True)
     assert found.keys() == {"status", "error"}
     assert found["status"] == "score_error"
-    assert found["error"].startswith("Undecided: math-verify gave up comparing '5^{5^{5^5}}'")
+    assert found["error"].startswith("UndecidedError: math-verify gave up comparing '5^{5^{5^5}}'")
     with pytest.warns(UserWarning, match="counted as wrong"):
         assert is_correct(text, "5") is False
     # Cut off by the token limit it is wrong, whatever it says.
