@@ -73,8 +73,8 @@ class Math500(Task):
         """``score``: right by algebra; ``boxed_em``: the same string up to spacing and style.
 
         finished: False for an answer cut off by ``max_new_tokens``, which counts as wrong even with
-        a box in it: that box was not the last word. Raises UndecidedError when math-verify comes to no
-        end: such an answer has no score.
+        a box in it: that box was not the last word. Raises UndecidedError when math-verify comes to
+        no end: such an answer has no score.
         """
         box, gold = last_box(text), sample.references[0]
         same_text = finished and box is not None and normalised(box) == normalised(gold)

@@ -35,8 +35,8 @@ class UndecidedError(RuntimeError):
 def are_equal(gold: str, prediction: str) -> bool:
     """Whether math-verify finds the LaTeX ``prediction`` equal to ``gold``.
 
-    Both come without dollar signs. Works in any thread or forked process. Raises UndecidedError for a
-    comparison over the time or memory limit, ValueError without math-verify.
+    Both come without dollar signs. Works in any thread or forked process. Raises UndecidedError for
+    a comparison over the time or memory limit, ValueError without math-verify.
     """
     equal = _grader(os.getpid()).compare(gold, prediction)
     if equal is None:
