@@ -34,7 +34,8 @@ def protected(policy: Policy, budget_tokens: int) -> int:
 @given(st.integers(1, 10**9))
 def test_tokens_are_what_was_written(number: int) -> None:
     budget = parse_budget(number)
-    assert (budget.tokens, budget.ratio, budget.label) == (number, None, str(number))
+    label = f"{number // 1024}k" if number % 1024 == 0 else str(number)
+    assert (budget.tokens, budget.ratio, budget.label) == (number, None, label)
     assert parse_budget(str(number)) == budget
     assert parse_budget(f"{number}k").tokens == 1024 * number
     assert parse_budget(f" {number}K ") == parse_budget(f"{number}k")
