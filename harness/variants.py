@@ -5,12 +5,11 @@ averaged. ``variant`` says what differs, for all cells of a task and model alike
 is still compared with the full cache under the same settings.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvarena.harness.results import flat
+from kvarena.tasks.base import content_id
 
 _OWN_COLUMNS = ("policy.", "budget.", "content.policy")
 _REPEATS = ("seed",)  # several seeds of a cell are repeats of it
@@ -39,7 +38,7 @@ def policy_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
     """The policy's name, and a hash where one name stands for several codes or default options."""
     names = [str(identity["policy"]["name"]) for identity in identities]
     versions = [
-        _digits([identity["policy"], identity.get("content", {}).get("policy")])
+        content_id(identity["policy"], identity.get("content", {}).get("policy"))[:4]
         for identity in identities
     ]
     several = {
@@ -76,8 +75,4 @@ def _short(value: Any) -> str:  # Any: a JSON value
     if len(text) <= _LONGEST_VALUE:
         return text
     # What is cut off must still tell two values apart, for they are grouped by this text.
-    return f"{text[: _LONGEST_VALUE - 3]}...#{_digits(value)}"
-
-
-def _digits(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:4]
+    return f"{text[: _LONGEST_VALUE - 3]}...#{content_id(value)[:4]}"

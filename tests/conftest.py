@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -11,3 +12,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture(autouse=True)
 def _one_thread(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(os.cpu_count() or 1 if "slow" in request.keywords else 1)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved, in order."""
+    saved: list[Figure] = []
+    real = Figure.savefig
+
+    def spy(figure: Figure, *args: object, **kwargs: object) -> None:
+        saved.append(figure)
+        real(figure, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return saved

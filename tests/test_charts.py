@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -49,20 +48,6 @@ TWO = make_cells(
         ("tova", "1k"): 0.7,
     }
 )
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved, in order."""
-    saved: list[Figure] = []
-    real = Figure.savefig
-
-    def spy(figure: Figure, *args: object, **kwargs: object) -> None:
-        saved.append(figure)
-        real(figure, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Figure, "savefig", spy)
-    return saved
 
 
 def draw_by_budget(cells: pd.DataFrame, kind: str = "tokens") -> bytes:

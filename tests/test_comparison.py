@@ -13,24 +13,10 @@ import pytest
 from kvarena.harness.comparison import compare_cells, compare_pairs, is_full_cache
 from kvarena.harness.errors import UsageError
 from kvarena.harness.statistics import holm, mean_interval, paired_difference
+from score_rows import BASE
 
 # Rows of an early recorded run, kept so that a new recording changes no expectation.
 REFERENCE = Path(__file__).parent / "golden" / "needle_rows.csv"
-BASE = {
-    "task": "needle",
-    "model": "toy",
-    "policy": "keydiff",
-    "budget": "512",
-    "status": "ok",
-    "score": 1.0,
-    "kv_bytes_kept": 2_000_000,
-    "kv_bytes_peak": 3_000_000,
-    "ttft_sec": 0.5,
-    "decode_tokens_per_sec": 40.0,
-    "slots": 4,
-    "seed": 0,
-    "run_id": "run",
-}
 
 
 def make_rows(*changes: dict[str, Any]) -> pd.DataFrame:

@@ -34,20 +34,6 @@ def make_rows(
     return rows.assign(task="needle", model="toy", status="ok", score=scores)
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved, in order."""
-    saved: list[Figure] = []
-    real = Figure.savefig
-
-    def spy(figure: Figure, *args: object, **kwargs: object) -> None:
-        saved.append(figure)
-        real(figure, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Figure, "savefig", spy)
-    return saved
-
-
 def texts(figure: Figure, axes: int = 0) -> list[str]:
     return [text.get_text() for text in figure.axes[axes].texts]
 

@@ -12,22 +12,7 @@ import pytest
 
 from kvarena.harness.comparison import compare_cells
 from kvarena.harness.tables import markdown, print_summary, storable, write_csv
-
-BASE = {
-    "task": "needle",
-    "model": "toy",
-    "policy": "keydiff",
-    "budget": "512",
-    "status": "ok",
-    "score": 1.0,
-    "kv_bytes_kept": 2_000_000,
-    "kv_bytes_peak": 3_000_000,
-    "ttft_sec": 0.5,
-    "decode_tokens_per_sec": 40.0,
-    "slots": 4,
-    "seed": 0,
-    "run_id": "run",
-}
+from score_rows import BASE
 
 
 def make_rows(*changes: dict[str, Any]) -> pd.DataFrame:
