@@ -60,17 +60,17 @@ def main() -> None:
         if error not in session.errors:
             _report(error, session.results_dir)
             session.errors.append(error)
-    if session.code_when_stopped:
+    if session.code_when_stopped in (130, 143):
         print(
             f"stopped; {len(session.outcomes)} cells are complete, finished samples are kept. "
             "The same command goes on from here.",
             file=sys.stderr,
         )
-    elif session.plans:
+    elif session.plans and not session.code_when_stopped:
         from kvarena.harness.plan import print_plans
 
         print_plans(session.plans)
-    elif session.outcomes:
+    elif session.outcomes and not session.code_when_stopped:
         try:
             _show(session)
         except Exception as error:

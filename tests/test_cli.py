@@ -552,3 +552,10 @@ def test_the_installed_command_runs_from_another_folder(
     (rows,) = rows_of(tmp_path / "results").values()
     assert len(rows) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_an_unknown_flag_is_not_told_as_a_run_that_was_stopped(kvarena: Command) -> None:
+    outcome = kvarena("--bogus")
+    assert outcome.code == 2
+    assert "unrecognized arguments: --bogus" in outcome.err
+    assert "stopped" not in outcome.err

@@ -247,7 +247,8 @@ def test_a_stopped_sweep_starts_no_further_cell(
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_first(overrides: list[str], tmp_path: Path) -> None:
-    arguments = [*overrides, f"results_dir={tmp_path / 'results'}"]
+    # One slot, so that a second sample is still to be answered when the first row is there.
+    arguments = [*overrides, "slots=1", f"results_dir={tmp_path / 'results'}"]
     with started(arguments, tmp_path / "log.txt", slow_end) as command:
         assert command.wait_for(lambda: num_rows(tmp_path / "results") >= 1)
         command.send(signal.SIGINT)
