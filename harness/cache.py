@@ -53,6 +53,10 @@ class LayerCache:
     def sink_keys(self) -> Tensor:
         return self._buffers["sink_keys"]
 
+    def tokens(self, slots: slice, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [S, K, T, D] of the first T places, writable."""
+        return self.keys[slots, :, :num_tokens], self.values[slots, :, :num_tokens]
+
     def columns(self, slots: slice, num_tokens: int) -> dict[str, Tensor]:
         """Writable views [S, K, T] of the per-token columns."""
         return {

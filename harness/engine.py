@@ -70,7 +70,8 @@ class Engine:
         self.slots = slots
         self.layers: list[LayerCache] = []
         self._kernel = KERNELS[attention]
-        self._rotator = KeyRotator(model) if policy.needs.rank_positions else None
+        needs_rotator = policy.needs.rank_positions or policy.needs.new_tokens
+        self._rotator = KeyRotator(model) if needs_rotator else None
 
     @property
     def kv_bytes_allocated(self) -> int:
@@ -162,7 +163,7 @@ class Engine:
     def _new_layers(self, sequences: Seq[Sequence], num_slots: int) -> list[LayerCache]:
         """Buffers wide enough for the longest sequence, for the whole job: memory is constant."""
         capacity = max((s.places(self.chunk_tokens) for s in sequences), default=0)
-        num_saved_sinks = self.policy.sinks if self._rotator else 0
+        num_saved_sinks = self.policy.sinks if self.policy.needs.rank_positions else 0
         num_layers = self.model.config.get_text_config().num_hidden_layers
         return [
             LayerCache(num_slots, capacity, self.policy.columns, num_saved_sinks)

@@ -22,7 +22,7 @@ from kvarena.harness.cache import LayerCache
 from kvarena.harness.errors import UsageError
 from kvarena.harness.rotary import KeyRotator
 from kvarena.harness.sequence import Sequence
-from kvarena.policies.base import LayerView, Policy
+from kvarena.policies.base import LayerView, NewTokens, Policy
 
 ARENA = "kvarena"
 
@@ -145,10 +145,9 @@ class ForwardPass:
         assert isinstance(index, int)
         cache = self.layers[index]
         cache.append(run.slots, run.num_live, key, value, run.positions)
-        if self.rotator is not None:
-            self._move_sinks(run, cache, module)
-        keys = cache.keys[run.slots, :, : run.num_tokens]
-        values = cache.values[run.slots, :, : run.num_tokens]
+        keys, values = cache.tokens(run.slots, run.num_tokens)
+        if self.policy.needs.rank_positions:
+            self._move_sinks(run, cache, module, keys)
         positions = cache.positions[run.slots, :, : run.num_tokens].long()
         mask = attention.visible_tokens(
             run.positions,
@@ -175,6 +174,7 @@ class ForwardPass:
                 positions=positions,
                 attention=rows,
                 attention_mass=mass,
+                new=self._new_tokens(run, module, query, key, value) if needs.new_tokens else None,
                 columns=cache.columns(run.slots, run.num_tokens),
             )
             scores = self.policy.score(view)
@@ -203,12 +203,22 @@ class ForwardPass:
             scores = scores.masked_fill(positions < self.policy.sinks, float("inf"))
         if num_recent:
             scores = scores.masked_fill(positions >= next_position - num_recent, float("inf"))
-        if spec.sliding_window is not None and self.rotator is None:
+        if spec.sliding_window is not None and not self.policy.needs.rank_positions:
             hidden = positions <= next_position - spec.sliding_window
             scores = scores.masked_fill(hidden, float("-inf"))
         return scores
 
-    def _move_sinks(self, run: Run, cache: LayerCache, module: nn.Module) -> None:
+    def _new_tokens(
+        self, run: Run, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+    ) -> NewTokens:
+        assert self.rotator is not None
+        return NewTokens(
+            queries=self.rotator.unrotate(module, query, run.positions),
+            keys=self.rotator.unrotate(module, key, run.positions),
+            values=value,
+        )
+
+    def _move_sinks(self, run: Run, cache: LayerCache, module: nn.Module, keys: Tensor) -> None:
         """Rotate the sink keys to sit right before the other kept tokens.
 
         With ranks as positions all distances between kept tokens are those of their ranks. The
@@ -220,13 +230,11 @@ class ForwardPass:
         if num_sinks:
             saved = cache.sink_keys[run.slots, :, :num_sinks]
             assert self.rotator is not None
-            cache.keys[run.slots, :, :num_sinks] = self.rotator.rotate(
-                module, saved, run.num_evicted_before
-            )
+            keys[:, :, :num_sinks] = self.rotator.rotate(module, saved, run.num_evicted_before)
 
     def _attended_positions(self, run: Run, positions: Tensor) -> Tensor:
         """Positions [S, K, T] as attention sees them: sinks are moved when positions are ranks."""
-        if self.rotator is None:
+        if not self.policy.needs.rank_positions:
             return positions
         moved = positions + run.num_evicted_before[:, None, None]
         return torch.where(positions < self.policy.sinks, moved, positions)

@@ -1,4 +1,4 @@
-"""Moving keys to other positions with the model's own rotary embedding.
+"""Moving queries and keys to other positions with the model's own rotary embedding.
 
 A rotary embedding only ever encodes differences of positions, so a key stored for position p is
 rotated by a further s positions to act as one at p + s. Paper: "RoFormer", section 3.4.2,
@@ -28,14 +28,14 @@ class KeyRotator:
         rotary = getattr(base, "rotary_emb", None)
         if rotary is None:
             raise UsageError(
-                f"{type(model).__name__} has no rotary embedding, so positions cannot be ranks; "
-                "use policy.reindex=false"
+                f"{type(model).__name__} has no rotary embedding, so no policy that needs one "
+                "can be used with it (streaming_llm: policy.reindex=false needs none)"
             )
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type in _UNMARKED_NO_ROPE:
             raise UsageError(
-                f"some layers of {model_type} have no positions and do not say which, so positions "
-                "cannot be ranks; use policy.reindex=false"
+                f"some layers of {model_type} have no rotary positions and do not say which, so no "
+                "policy that moves keys can be used with it (streaming_llm: policy.reindex=false)"
             )
         self._rotary: nn.Module = rotary
         parameters = inspect.signature(rotary.forward).parameters
@@ -45,13 +45,28 @@ class KeyRotator:
         """Keys [S, K, T, D] of one layer moved ``shift`` positions onwards ([S], integers)."""
         if not getattr(attention, "use_rope", True):
             return keys  # a layer without positional encoding (SmolLM3)
-        # Two positions per sequence: the shift, and 0, whose cosine is the embedding's own scale
-        # (YaRN). The stored key has that scale already, so it is divided out.
-        position_ids = torch.stack([shift, torch.zeros_like(shift)], dim=-1)
+        # The stored key carries the embedding's own scale (YaRN) already.
+        return self._apply(attention, keys, shift[:, None], backwards=False)
+
+    def unrotate(self, attention: nn.Module, heads: Tensor, positions: Tensor) -> Tensor:
+        """Queries or keys [S, heads, Q, D] at ``positions`` ([S, Q]) as they were projected."""
+        if not getattr(attention, "use_rope", True):
+            return heads
+        return self._apply(attention, heads, positions, backwards=True)
+
+    def _apply(
+        self, attention: nn.Module, heads: Tensor, positions: Tensor, *, backwards: bool
+    ) -> Tensor:
+        """[S, heads, Q, D] turned by ``positions`` ([S, Q] or [S, 1]); backwards also unscales."""
+        # Position 0 goes along, for its cosine is the embedding's own scale.
+        position_ids = torch.cat([positions, torch.zeros_like(positions[:, :1])], dim=-1)
         layer_type = [attention.layer_type] if self._by_layer_type else []
-        precise = at_least_float32(keys)
+        precise = at_least_float32(heads)
         cos, sin = self._rotary(precise, position_ids, *layer_type)
-        scale = cos[:, 1:].amax(dim=-1, keepdim=True)
+        scale = cos[:, -1:].amax(dim=-1, keepdim=True)
+        cos, sin = cos[:, :-1] / scale, sin[:, :-1] / scale
+        if backwards:
+            cos, sin = cos / scale, -sin / scale
         apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        rotated, _ = apply(precise, precise, cos[:, :1] / scale, sin[:, :1] / scale)
-        return rotated.to(keys.dtype)
+        turned, _ = apply(precise, precise, cos, sin)
+        return turned.to(heads.dtype)

@@ -28,13 +28,27 @@ class Needs:
 
     attention_rows: attention of the last so many queries of this pass (fewer in a short pass).
     attention_mass: per key, the attention it received from all queries of this pass.
+    new_tokens: queries, keys and values of this pass's tokens before rotary positions.
     rank_positions: attend with ranks inside the cache as positions instead of original positions.
         Only for rules that keep ``sinks`` first tokens and an unbroken run of newest ones.
     """
 
     attention_rows: int = 0
     attention_mass: bool = False
+    new_tokens: bool = False
     rank_positions: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewTokens:
+    """The Q tokens of this pass, as the layer projected them, before rotary positions.
+
+    queries: [S, H, Q, D]; keys, values: [S, K, Q, D]; all in the model's dtype.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +56,8 @@ class LayerView:
     """One layer of S sequences after a pass, kept tokens and new ones together.
 
     Tokens are in storage order, which is NOT the order of the text: a rule that needs neighbours
-    sorts by ``positions``. Every sequence must be scored as if it were alone.
+    sorts by ``positions``. The tokens of this pass are the last of the T, in the order of the text.
+    Every sequence must be scored as if it were alone.
     """
 
     layer: int
@@ -51,6 +66,7 @@ class LayerView:
     positions: Tensor  # [S, K, T] int64, place in the original text
     attention: Tensor | None = None  # [S, H, W, T] softmax rows of the last W queries, oldest first
     attention_mass: Tensor | None = None  # [S, K, T] summed over this pass's queries and the group
+    new: NewTokens | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # [S, K, T] float32, writable
 
     @property
@@ -81,7 +97,7 @@ class Policy(ABC):
     recent: int = 0
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_option_types(self)
         for name in ("sinks", "recent"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0 tokens, got {getattr(self, name)}")
@@ -104,11 +120,11 @@ class Policy(ABC):
         """
 
 
-def _check_types(policy: Policy) -> None:
+def check_option_types(options: Any) -> None:  # Any: a dataclass instance
     """Compare option values with their annotations, since yaml values arrive unchecked."""
-    hints = get_type_hints(type(policy))
-    for option in fields(policy):
-        value, hint = getattr(policy, option.name), hints[option.name]
+    hints = get_type_hints(type(options))
+    for option in fields(options):
+        value, hint = getattr(options, option.name), hints[option.name]
         if not _matches(value, hint):
             expected = getattr(hint, "__name__", str(hint))
             raise ValueError(f"{option.name} must be {expected}, got {value!r}")

@@ -1,0 +1,107 @@
+"""What a codec is: how a kept token is stored once it has left the exact window.
+
+A policy says which tokens stay, a codec says in how many bits. The engine keeps the newest tokens
+exact, hands over a block of tokens when they have aged out of that window (after eviction), and
+decodes one layer at a time for attention. A block is coded once and never again: what is evicted
+from it later is marked, and a block that has become half empty is packed anew from its codes.
+To add one: a file here with a ``Codec`` subclass, and ``conf/codec/<file name>.yaml``.
+
+Shape letters: M heads that code a block together, R rows (tokens) per head, D head dim, C blocks of
+equal shape. Row r of two heads need not be the same token, since heads evict on their own.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvarena.policies.base import check_option_types
+
+EXACT_DTYPES = {"model": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Coded tokens, immutable: a subclass adds the tensors and bytes that are really held."""
+
+    num_heads: int
+    num_rows: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything held, scales, maps and codebooks included."""
+        held = [getattr(self, field.name) for field in fields(self)]
+        return sum(
+            part.nbytes if isinstance(part, Tensor) else len(part)
+            for part in held
+            if isinstance(part, Tensor | bytes)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probes:
+    """Queries that are kept to weigh tokens before they are coded.
+
+    recent: share of the text so far whose newest queries are kept; random: share of all queries,
+    drawn uniformly; count: which queries a token's attention is divided by, "probes" that can see
+    it or all of the "text" that can.
+    """
+
+    recent: float
+    random: float
+    count: str
+
+
+@dataclass(kw_only=True)
+class Codec(ABC):
+    """Base of all codecs; options are dataclass fields and are checked for type and range.
+
+    window: the newest so many tokens of each head stay exact; block: tokens coded at once;
+    exact: data type of exact tokens, "model" (the model's own), float16 or bfloat16.
+    """
+
+    window: int = 128
+    block: int = 64
+    exact: str = "model"
+
+    # False only for a codec that leaves every token exact.
+    codes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_option_types(self)
+        if self.window < 0:
+            raise ValueError(f"window must be >= 0 tokens, got {self.window}")
+        if self.block < 1:
+            raise ValueError(f"block must be >= 1 token, got {self.block}")
+        if self.exact not in EXACT_DTYPES:
+            raise ValueError(f"exact must be one of {', '.join(EXACT_DTYPES)}, got {self.exact!r}")
+
+    @property
+    def probes(self) -> Probes | None:
+        """What ``encode`` wants to know of attention; None: no saliency is computed."""
+        return None
+
+    @abstractmethod
+    def encode(self, keys: Tensor, values: Tensor, saliency: Tensor | None) -> Block:
+        """Code keys and values [M, R, D], any float type, post-RoPE; saliency [M, R] if asked for.
+
+        Raises ValueError for numbers that are not finite.
+        """
+
+    @abstractmethod
+    def decode(self, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
+        """Keys and values [C, M, R, D], float32, of C blocks with equal M and R."""
+
+    @abstractmethod
+    def take(self, block: Block, rows: Tensor) -> Block:
+        """A block of the given rows ([M, R'], integers) of each head, decoding to the same numbers.
+
+        Codes are moved, never decoded and coded again.
+        """
+
+    def coarser(self) -> "Codec | None":
+        """This codec at the next fewer bits, for a budget in bytes; None: there are none."""
+        return None
