@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvarena.harness.attention import AttentionSpec
+
 _POSITION_BITS = 32
 
 
@@ -77,6 +79,11 @@ class LayerCache:
             self._allocate(keys, values)
         self.keys[slots, :, start:end] = keys
         self.values[slots, :, start:end] = values
+        self._append_side_state(slots, start, keys, positions)
+
+    def _append_side_state(self, slots: slice, start: int, keys: Tensor, positions: Tensor) -> None:
+        """What is stored beside keys and values of the new tokens; see ``append``."""
+        end = start + keys.shape[2]
         self.positions[slots, :, start:end] = positions[:, None]
         for column in self.columns(slots, end).values():
             column[:, :, start:] = 0
@@ -92,7 +99,7 @@ class LayerCache:
         """
         num_tokens = scores.shape[-1]
         num_evicted = num_tokens - num_kept
-        ranking = _total_order(scores, self.positions[slots, :, :num_tokens])
+        ranking = total_order(scores, self.positions[slots, :, :num_tokens])
         if num_evicted == 1:
             dropped = ranking.argmin(dim=-1, keepdim=True)
         else:
@@ -121,10 +128,14 @@ class LayerCache:
         return [buffer for name, buffer in self._buffers.items() if name != "sink_keys"]
 
     def _allocate(self, keys: Tensor, values: Tensor) -> None:
-        heads = (self.num_slots, keys.shape[1])
-        places = (*heads, self.capacity_tokens)
+        places = (self.num_slots, keys.shape[1], self.capacity_tokens)
         self._buffers["keys"] = keys.new_empty(*places, keys.shape[-1])
         self._buffers["values"] = values.new_empty(*places, values.shape[-1])
+        self._allocate_side_state(keys)
+
+    def _allocate_side_state(self, keys: Tensor) -> None:
+        heads = (self.num_slots, keys.shape[1])
+        places = (*heads, self.capacity_tokens)
         self._buffers["positions"] = torch.empty(places, dtype=torch.int32, device=keys.device)
         for name in self._column_names:
             self._buffers["column:" + name] = torch.empty(
@@ -135,12 +146,29 @@ class LayerCache:
                 *heads, self.num_saved_sinks, keys.shape[-1]
             )
 
+    def settle(
+        self, slots: slice, num_tokens: int, queries: Tensor, positions: Tensor, spec: AttentionSpec
+    ) -> None:
+        """Called when a pass is done with the layer; tokens that stay as they are need nothing."""
+
+    @property
+    def is_allocated(self) -> bool:
+        return bool(self._buffers)
+
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all buffers of this layer, all slots."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def held_bytes(self, num_tokens: int) -> int:
+    def bytes_in_pass(self, slot: int, num_tokens: int) -> int:
+        """Bytes held during a pass that took the slot to ``num_tokens`` before it evicted."""
+        return self.held_bytes(slot, num_tokens)
+
+    def workspace_bytes(self, num_tokens: int) -> int:
+        """Further bytes of one slot while the layer is at work: none, attention reads the store."""
+        return 0
+
+    def held_bytes(self, slot: int, num_tokens: int) -> int:
         """Bytes that ``num_tokens`` live tokens of one slot occupy, side state included."""
         per_place = sum(
             buffer.nbytes // (self.num_slots * self.capacity_tokens)
@@ -150,7 +178,7 @@ class LayerCache:
         return num_tokens * per_place + saved
 
 
-def _total_order(scores: Tensor, positions: Tensor) -> Tensor:
+def total_order(scores: Tensor, positions: Tensor) -> Tensor:
     """[S, K, T] int64 that sorts by score, then by position, with no two equal in a head.
 
     A float's bits sort like the float once the lower bits of negative ones are flipped, so the

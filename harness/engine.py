@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvarena.codecs.base import Codec
+from kvarena.codecs.none import NoCodec
 from kvarena.harness.attention import KERNELS
 from kvarena.harness.cache import LayerCache
 from kvarena.harness.errors import UsageError
+from kvarena.harness.layer_stores import check_layers, count_bytes, new_layers
 from kvarena.harness.models import check_architecture, check_attention
 from kvarena.harness.passes import ARENA, ForwardPass, pack_runs
 from kvarena.harness.requests import StopTokens, check_budget, plan_sequences
@@ -42,6 +45,7 @@ class Engine:
     """Generates under a token budget. Raises UsageError for what cannot be honoured.
 
     model: a decoder of transformers; it is not changed.
+    codec: how tokens older than its exact window are stored; None: as they are.
     budget_tokens: most tokens a KV head of any layer holds after a chunk, N; None: no bound.
     chunk_tokens: prompt tokens per pass and sequence, B.
     slots: sequences side by side. attention: sdpa | flash | reference.
@@ -52,6 +56,7 @@ class Engine:
         model: PreTrainedModel,
         policy: Policy,
         *,
+        codec: Codec | None = None,
         budget_tokens: int | None = None,
         chunk_tokens: int = 128,
         slots: int = 8,
@@ -65,6 +70,7 @@ class Engine:
         check_architecture(model)
         self.model = model
         self.policy = policy
+        self.codec = codec or NoCodec()
         self.budget_tokens = budget_tokens
         self.chunk_tokens = chunk_tokens
         self.slots = slots
@@ -141,7 +147,14 @@ class Engine:
     ) -> Iterator[Generation]:
         waiting = deque(sequences)
         slots: list[Sequence | None] = [None] * min(self.slots, len(sequences))
-        layers = self._new_layers(sequences, len(slots))
+        layers = new_layers(
+            self.model,
+            self.policy,
+            self.codec,
+            sequences,
+            num_slots=len(slots),
+            chunk_tokens=self.chunk_tokens,
+        )
         while waiting or any(slots):
             for slot, occupant in enumerate(slots):
                 if occupant is None and waiting:
@@ -150,7 +163,7 @@ class Engine:
                     slots[slot] = sequence
             self.layers = layers  # another iterator of this engine may have run in between
             num_tokens = self._step(slots, sampling, recording)
-            self._check_layers()
+            check_layers(self.model, layers)
             if on_pass is not None:
                 on_pass(num_tokens)
             finished = []
@@ -159,29 +172,6 @@ class Engine:
                     slots[slot] = None
                     finished.append(self._generation(occupant, slot, recording))
             yield from finished
-
-    def _new_layers(self, sequences: Seq[Sequence], num_slots: int) -> list[LayerCache]:
-        """Buffers wide enough for the longest sequence, for the whole job: memory is constant."""
-        capacity = max((s.places(self.chunk_tokens) for s in sequences), default=0)
-        num_saved_sinks = self.policy.sinks if self.policy.needs.rank_positions else 0
-        num_layers = self.model.config.get_text_config().num_hidden_layers
-        return [
-            LayerCache(num_slots, capacity, self.policy.columns, num_saved_sinks)
-            for _ in range(num_layers)
-        ]
-
-    def _check_layers(self) -> None:
-        """Raise UsageError for a model with layers that keep their past somewhere else.
-
-        A Mamba or linear-attention layer would carry state from one sequence of a packed row into
-        the next, and no budget would bound it.
-        """
-        untouched = [index for index, layer in enumerate(self.layers) if not layer.allocated_bytes]
-        if untouched:
-            raise UsageError(
-                f"model type {self.model.config.model_type} is not supported: its layers "
-                f"{untouched} do not attend through transformers' attention interface"
-            )
 
     @torch.inference_mode()
     def _step(self, slots: Seq[Sequence | None], sampling: Sampling, recording: _Recording) -> int:
@@ -205,7 +195,9 @@ class Engine:
         logits = self._forward(row, work, rows_wanted)
 
         for slot, sequence, tokens in work:
+            num_touched = sequence.num_live + len(tokens)
             sequence.advance(len(tokens))
+            count_bytes(self.layers, slot, sequence, num_touched)
             if recording.history:
                 sequence.history.append(self._kept(slot, sequence))
         if recording.logits == "all":
@@ -272,9 +264,6 @@ class Engine:
         return KeptTokens(seen_tokens=sequence.num_seen, positions=positions)
 
     def _generation(self, sequence: Sequence, slot: int, recording: _Recording) -> Generation:
-        def held_bytes(num_tokens: int) -> int:
-            return sum(layer.held_bytes(num_tokens) for layer in self.layers)
-
         reason = sequence.finish_reason
         assert reason is not None, "only finished sequences leave their slot"
         return Generation(
@@ -283,8 +272,9 @@ class Engine:
             finish_reason=reason,
             prompt_tokens=len(sequence.prompt),
             budget_tokens=sequence.budget_tokens,
-            kv_bytes_kept=held_bytes(sequence.most_kept),
-            kv_bytes_peak=held_bytes(sequence.most_live),
+            kept_tokens=sequence.most_kept,
+            kv_bytes_kept=sequence.kv_bytes_kept,
+            kv_bytes_peak=sequence.kv_bytes_peak,
             ttft_sec=sequence.first_token_at - sequence.admitted_at,
             decode_tokens_per_sec=sequence.decode_tokens_per_sec,
             kept_positions=self._kept(slot, sequence).positions if recording.kept else None,

@@ -180,6 +180,7 @@ class ForwardPass:
             scores = self.policy.score(view)
             if evicts:
                 cache.evict(run.slots, self._protect(run, view, scores, spec), run.num_kept)
+        cache.settle(run.slots, run.num_kept, query, run.positions, spec)
         return output
 
     def _protect(self, run: Run, view: LayerView, scores: Tensor, spec: AttentionSpec) -> Tensor:

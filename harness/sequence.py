@@ -25,8 +25,10 @@ class Generation:
     token_ids: new tokens, the stop token included; finish_reason: stop | length, or
     invalid where logits were not numbers (the answer ends before that token).
     budget_tokens: None without a bound, which is always so for a policy that keeps everything.
+    kept_tokens: most tokens a head held between passes.
     kv_bytes_kept: most bytes held between passes; kv_bytes_peak: most bytes at any moment, the
-    chunk in work included; both count keys, values and all side state of all layers.
+    chunk in work and what a codec decodes for it included; both count keys, values and all side
+    state of all layers.
     ttft_sec: from getting a slot to the first token; decode_tokens_per_sec: tokens after the first
     over the time they took (None for a single token).
     kept_positions: at the end, per layer [K, T]; kept_history: after every pass;
@@ -39,6 +41,7 @@ class Generation:
     finish_reason: str
     prompt_tokens: int
     budget_tokens: int | None
+    kept_tokens: int
     kv_bytes_kept: int
     kv_bytes_peak: int
     ttft_sec: float
@@ -55,7 +58,8 @@ class Sequence:
     question_tokens: last tokens of the prompt, which the context is compressed without;
     min_new_tokens: no stop token before so many new ones; num_seen: tokens fed to the model so far;
     forced: the answer to write instead of the model's own; num_live: tokens held now, per layer
-    and head; most_live, most_kept: the most of them during and between passes.
+    and head; most_kept: the most of them between passes; kv_bytes_kept, kv_bytes_peak: see
+    Generation.
     """
 
     index: int
@@ -69,8 +73,9 @@ class Sequence:
     forced: list[int] | None = None
     num_seen: int = 0
     num_live: int = 0
-    most_live: int = 0
     most_kept: int = 0
+    kv_bytes_kept: int = 0
+    kv_bytes_peak: int = 0
     token_ids: list[int] = field(default_factory=list)
     history: list[KeptTokens] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
@@ -117,7 +122,6 @@ class Sequence:
 
     def advance(self, num_new: int) -> None:
         """Account for a pass with ``num_new`` tokens."""
-        self.most_live = max(self.most_live, self.num_live + num_new)
         self.num_live = self.kept_after(num_new)
         self.most_kept = max(self.most_kept, self.num_live)
         self.num_seen += num_new

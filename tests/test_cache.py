@@ -94,5 +94,5 @@ def test_more_tokens_than_places_is_refused() -> None:
 def test_held_bytes_count_every_buffer() -> None:
     cache = filled(6)
     per_token = K * (2 * D * 4 + 4 + 4)  # keys, values, position, column
-    assert cache.held_bytes(5) == 5 * per_token
+    assert cache.held_bytes(0, 5) == 5 * per_token
     assert cache.allocated_bytes == 2 * 9 * per_token

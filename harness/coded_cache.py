@@ -1,0 +1,280 @@
+"""The KV store of one layer under a codec: an exact window of newest tokens, older ones coded.
+
+Between passes only the blocks' packed bytes and the exact window are held. For attention one layer
+at a time is decoded into a workspace, which is gone when the layer is done. In each head the tokens
+stand in the order of the text: first what its blocks hold, then the exact ones; positions and
+columns keep the same order. Eviction comes before coding, a block is coded once: a token evicted
+from it is struck off its map of live rows, and a block that is half empty is packed anew from its
+codes.
+
+Shape letters as in cache.py; M heads that code a block together, R rows of a block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvarena.codecs.base import EXACT_DTYPES, Block, Codec
+from kvarena.harness.attention import AttentionSpec
+from kvarena.harness.cache import LayerCache, total_order
+from kvarena.harness.saliency import ProbeStore
+
+_REPACK_BELOW = 0.5  # of a block's rows alive: design.md's rule, a bound on what dead rows can cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A block, the heads it belongs to, and which of its rows are alive.
+
+    live: packed bits [M, ceil(R / 8)]; counts: live rows of each head.
+    """
+
+    heads: tuple[int, ...]
+    block: Block
+    live: NDArray[np.uint8]
+    counts: tuple[int, ...]
+
+    @property
+    def rows(self) -> NDArray[np.bool_]:
+        """[M, R]: which rows are alive."""
+        return np.unpackbits(self.live, axis=1, count=self.block.num_rows).astype(bool)
+
+    @property
+    def nbytes(self) -> int:
+        return self.block.nbytes + self.live.nbytes
+
+    def only(self, alive: NDArray[np.bool_]) -> "Segment":
+        """The same block with the rows ``alive`` [M, R]."""
+        counts = tuple(alive.sum(axis=1).tolist())
+        return replace(self, live=np.packbits(alive, axis=1), counts=counts)
+
+
+class CodedCache(LayerCache):
+    """A LayerCache whose older tokens are coded. Buffers ``keys`` and ``values`` hold exact tokens.
+
+    exact_capacity_tokens: places for exact tokens per head; the codec says how many stay exact.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        capacity_tokens: int,
+        codec: Codec,
+        chunk_tokens: int,
+        column_names: Sequence[str] = (),
+        num_saved_sinks: int = 0,
+    ) -> None:
+        super().__init__(num_slots, capacity_tokens, column_names, num_saved_sinks)
+        self.codec = codec
+        most_exact = codec.window + codec.block - 1 + chunk_tokens
+        self._exact_places = min(capacity_tokens, most_exact) if codec.codes else capacity_tokens
+        self._segments: list[list[Segment]] = [[] for _ in range(num_slots)]
+        self._num_exact: list[list[int]] = [[] for _ in range(num_slots)]  # of each head
+        self._bytes_in_pass = [0] * num_slots
+        self._probes: list[ProbeStore | None] = [None] * num_slots
+
+    def append(
+        self, slots: slice, start: int, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> None:
+        end = start + keys.shape[2]
+        assert end <= self.capacity_tokens, f"{end} tokens in {self.capacity_tokens} places"
+        if not self._buffers:
+            self._allocate(keys, values)
+        for row, slot in enumerate(range(slots.start, slots.stop)):
+            if start == 0:  # a new sequence: nothing of the one before it may be left
+                self._segments[slot] = []
+                self._num_exact[slot] = [0] * keys.shape[1]
+                self._probes[slot] = ProbeStore(self.codec.probes) if self.codec.probes else None
+            for head, first in enumerate(self._num_exact[slot]):
+                last = first + keys.shape[2]
+                assert last <= self._exact_places, f"{last} tokens in {self._exact_places} places"
+                self.keys[slot, head, first:last] = keys[row, head]
+                self.values[slot, head, first:last] = values[row, head]
+                self._num_exact[slot][head] = last
+        self._append_side_state(slots, start, keys, positions)
+        for slot in range(slots.start, slots.stop):
+            self._bytes_in_pass[slot] = self.held_bytes(slot, end)
+
+    def tokens(self, slots: slice, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [S, K, T, D] in the model's data type, decoded into a new workspace."""
+        shape = (slots.stop - slots.start, self.keys.shape[1], num_tokens)
+        keys = self.keys.new_empty(*shape, self.keys.shape[-1], dtype=self._dtype)
+        values = self.values.new_empty(*shape, self.values.shape[-1], dtype=self._dtype)
+        for row, slot in enumerate(range(slots.start, slots.stop)):
+            filled = self._decode(slot, keys[row], values[row])
+            for head, num_exact in enumerate(self._num_exact[slot]):
+                end = filled[head] + num_exact
+                assert end == num_tokens, f"head {head} holds {end} tokens, not {num_tokens}"
+                keys[row, head, filled[head] : end] = self.keys[slot, head, :num_exact]
+                values[row, head, filled[head] : end] = self.values[slot, head, :num_exact]
+        return keys, values
+
+    def _decode(self, slot: int, keys: Tensor, values: Tensor) -> list[int]:
+        """Fill the first places of [K, T, D] with what the blocks hold; how many, per head."""
+        filled = [0] * keys.shape[0]
+        for (heads, _), group in groupby(self._segments[slot], _same_shape):
+            segments = list(group)
+            coded = self.codec.decode([segment.block for segment in segments])
+            rows = np.concatenate([segment.rows for segment in segments], axis=1)  # [M, C * R]
+            for index, head in enumerate(heads):
+                alive = torch.from_numpy(rows[index].nonzero()[0]).to(keys.device)
+                end = filled[head] + len(alive)
+                for target, source in zip((keys, values), coded, strict=True):
+                    flat = source[:, index].flatten(0, 1)  # [C * R, D]
+                    if len(alive) < len(flat):
+                        flat = flat.index_select(0, alive)
+                    target[head, filled[head] : end] = flat
+                filled[head] = end
+        return filled
+
+    def evict(self, slots: slice, scores: Tensor, num_kept: int) -> None:
+        """Keep the ``num_kept`` best of T tokens per head, as LayerCache does, in text order."""
+        num_tokens = scores.shape[-1]
+        ranking = total_order(scores, self.positions[slots, :, :num_tokens])
+        kept = ranking.topk(num_kept, sorted=False).indices.sort(dim=-1).values  # [S, K, num_kept]
+        for buffer in self._side_buffers():
+            buffer[slots, :, :num_kept] = buffer[slots].gather(2, kept)
+        is_kept = torch.zeros_like(ranking, dtype=torch.bool).scatter_(-1, kept, True)
+        for row, slot in enumerate(range(slots.start, slots.stop)):
+            self._drop(slot, is_kept[row].cpu().numpy())
+
+    def _drop(self, slot: int, is_kept: NDArray[np.bool_]) -> None:
+        """Strike the tokens that ``is_kept`` [K, T] leaves out."""
+        passed = [0] * len(is_kept)  # tokens of each head that earlier segments hold
+        segments = []
+        for segment in self._segments[slot]:
+            fates = []
+            for head, count in zip(segment.heads, segment.counts, strict=True):
+                fates.append(is_kept[head, passed[head] : passed[head] + count])
+                passed[head] += count
+            if not all(fate.all() for fate in fates):
+                alive = segment.rows
+                for own, fate in zip(alive, fates, strict=True):
+                    own[own] = fate
+                segment = self._repacked(segment.only(alive))
+            if any(segment.counts):
+                segments.append(segment)
+        self._segments[slot] = segments
+        for head, num_coded in enumerate(passed):
+            stay = torch.from_numpy(is_kept[head, num_coded:].nonzero()[0]).to(self.keys.device)
+            for buffer in (self.keys, self.values):
+                buffer[slot, head, : len(stay)] = buffer[slot, head].index_select(0, stay)
+            self._num_exact[slot][head] = len(stay)
+
+    def _repacked(self, segment: Segment) -> Segment:
+        """The segment without its dead rows, if those are the most of it in every head."""
+        num_rows = max(segment.counts)
+        if not 0 < num_rows <= _REPACK_BELOW * segment.block.num_rows:
+            return segment
+        # Live rows first, in order. A head with fewer of them than another fills up with dead ones.
+        order = np.argsort(~segment.rows, axis=1, kind="stable")[:, :num_rows]
+        alive = np.take_along_axis(segment.rows, order, axis=1)
+        rows = torch.from_numpy(order).to(self.keys.device)
+        return replace(segment, block=self.codec.take(segment.block, rows)).only(alive)
+
+    def settle(
+        self, slots: slice, num_tokens: int, queries: Tensor, positions: Tensor, spec: AttentionSpec
+    ) -> None:
+        """Code what has aged out of the exact window; called when a pass is done with the layer.
+
+        queries: [S, H, Q, D] of this pass; positions: [S, Q].
+        """
+        if not self.codec.codes:
+            return
+        for row, slot in enumerate(range(slots.start, slots.stop)):
+            probes = self._probes[slot]
+            if probes is not None:
+                probes.observe(queries[row].to(self.keys.dtype), positions[row])
+            num_exact = self._num_exact[slot]
+            num_blocks = [max(0, n - self.codec.window) // self.codec.block for n in num_exact]
+            if not any(num_blocks):
+                continue
+            saliency = None
+            if probes is not None:
+                keys, _ = self.tokens(slice(slot, slot + 1), num_tokens)
+                saliency = probes.saliency(keys[0], self.positions[slot, :, :num_tokens], spec)
+            self._encode(slot, num_blocks, saliency, num_tokens)
+
+    def _encode(
+        self, slot: int, num_blocks: Sequence[int], saliency: Tensor | None, num_tokens: int
+    ) -> None:
+        """Code the oldest blocks of exact tokens; saliency: [K, T] or None."""
+        size, num_exact = self.codec.block, self._num_exact[slot]
+        for turn in range(max(num_blocks)):
+            heads = [head for head, num in enumerate(num_blocks) if num > turn]
+            first, last = turn * size, (turn + 1) * size
+            weights = None
+            if saliency is not None:
+                starts = [num_tokens - num_exact[head] + first for head in heads]
+                weights = torch.stack(
+                    [saliency[head, at : at + size] for head, at in zip(heads, starts, strict=True)]
+                )
+            block = self.codec.encode(
+                self.keys[slot, heads, first:last], self.values[slot, heads, first:last], weights
+            )
+            alive = np.ones((len(heads), size), dtype=bool)
+            empty = Segment(heads=tuple(heads), block=block, live=np.packbits(alive, 1), counts=())
+            self._segments[slot].append(empty.only(alive))
+        for head, num in enumerate(num_blocks):
+            left = num_exact[head] - num * size
+            for buffer in (self.keys, self.values):
+                aged = buffer[slot, head, num * size : num_exact[head]].clone()
+                buffer[slot, head, :left] = aged
+            num_exact[head] = left
+
+    def held_bytes(self, slot: int, num_tokens: int) -> int:
+        """Bytes that this slot's tokens really occupy, blocks, window and all side state."""
+        coded = sum(segment.nbytes for segment in self._segments[slot])
+        exact = sum(self._num_exact[slot]) * _row_bytes(self.keys, self.values)
+        heads = self.positions.shape[1]
+        side = num_tokens * heads * sum(buffer.itemsize for buffer in self._side_buffers())
+        saved = self.sink_keys.nbytes // self.num_slots if self.num_saved_sinks else 0
+        probes = self._probes[slot]
+        return coded + exact + side + saved + (probes.nbytes if probes is not None else 0)
+
+    def bytes_in_pass(self, slot: int, num_tokens: int) -> int:
+        """Bytes held while the layer had this pass's tokens on top of what it kept."""
+        return self._bytes_in_pass[slot]
+
+    def workspace_bytes(self, num_tokens: int) -> int:
+        """Bytes of one slot's decoded keys and values, there while the layer is at work."""
+        width = self.keys.shape[-1] + self.values.shape[-1]
+        return num_tokens * self.keys.shape[1] * width * self._dtype.itemsize
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all buffers and blocks of this layer, all slots."""
+        coded = sum(segment.nbytes for segments in self._segments for segment in segments)
+        probes = sum(store.nbytes for store in self._probes if store is not None)
+        return super().allocated_bytes + coded + probes
+
+    def _side_buffers(self) -> list[Tensor]:
+        """Positions and columns: one entry per token, in the order of the tokens."""
+        return [
+            buffer
+            for name, buffer in self._buffers.items()
+            if name not in ("keys", "values", "sink_keys")
+        ]
+
+    def _allocate(self, keys: Tensor, values: Tensor) -> None:
+        self._dtype = keys.dtype
+        exact = EXACT_DTYPES[self.codec.exact] or keys.dtype
+        places = (self.num_slots, keys.shape[1], self._exact_places)
+        self._buffers["keys"] = keys.new_empty(*places, keys.shape[-1], dtype=exact)
+        self._buffers["values"] = values.new_empty(*places, values.shape[-1], dtype=exact)
+        self._allocate_side_state(keys)
+
+
+def _same_shape(segment: Segment) -> tuple[tuple[int, ...], int]:
+    """What segments must share to be decoded together."""
+    return segment.heads, segment.block.num_rows
+
+
+def _row_bytes(keys: Tensor, values: Tensor) -> int:
+    """Bytes of one exact token of one head."""
+    return keys.shape[-1] * keys.itemsize + values.shape[-1] * values.itemsize
