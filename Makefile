@@ -14,8 +14,9 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 # Lines that begin with #: #= #> are the text of `make help`.
 #
-#= POLICY     policy names from `make list`; POLICY=all takes every one
+#= POLICY     policy names from `make list`; POLICY=all takes every one that needs no training
 #= BUDGET     most tokens a KV head keeps: 512, 2k, 25% (of the prompt) or full
+#= CODEC      how kept tokens are stored: none, kivi, zipcache, kvcomp
 #= MODEL      model name from `make list`
 #= LENGTHS    prompt lengths in tokens, run together as one task: 1000,2000
 #= DEPTHS     percent of the text before the needle, run together as one task: 0,50,100
@@ -27,33 +28,38 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #= SAMPLES    answers per math500 problem, or samples per ruler task and length
 #= QA_FILE    SQuAD or HotpotQA file for the qa tasks of ruler
 #= OF         whose samples fidelity takes: needle, longbench, math500, ruler
-#= QUESTION   inside: compressed with the question in sight; after: the context alone
+#= QUESTION   inside: compressed with the question in sight; after: the context alone; first: before it too
 #= LIMIT      only so many samples of each task
 #= SEED       seed of samples and policies
 #= SLOTS      samples side by side; answers do not depend on it
 #= CHUNK      tokens of a prompt per forward pass
 #= DEVICE     where the model runs: cpu, cuda
 #= DTYPE      float32, bfloat16
+#= KV_DTYPE   of the cached tokens: model (DTYPE), float16, bfloat16
 #= ATTENTION  kernel of the attention
 #= RESULTS    folder for rows; cells that are complete there are skipped
 #= TASK       for make plan: whose cells, needle if not given
+#= SHARD      part of the samples, for several machines: 3/8; SHARD=1/2,2/2 with LAUNCHER=joblib
+#= LAUNCHER   where jobs run: local, joblib (processes here), slurm, ray
 #= ARGS       more Hydra overrides, separated by spaces: ARGS='policy.sinks=8 hydra.verbose=true'
 #: PYTHON     interpreter that makes .venv, 3.11 or newer; a different version rebuilds .venv
-#: EXTRAS     optional parts to install: flash (attention=flash; needs a CUDA toolkit)
+#: EXTRAS     optional parts to install: flash (attention=flash; needs a CUDA toolkit), ray (LAUNCHER=ray), triton (tests of GPU kernels)
 #: CONFIRM    CONFIRM=1 lets clean-results delete
+#: KVPRESS_PYTHON for bench: an interpreter with kvpress and transformers below 5.3
 #
 #> make demo                                            see the whole thing work
 #> make needle POLICY=keydiff,snapkv BUDGET=256,512     four runs: each policy at each budget
 #> make needle POLICY=all BUDGET=25% LENGTHS=1000,2000  every policy at a quarter of the prompt
 #> make needle LIMIT=2 ARGS='policy.recent=64'          anything else Hydra understands
 
-RUN_VARIABLES := POLICY BUDGET MODEL LENGTHS DEPTHS HAYSTACK TASKS DATA MAX_LENGTH MAX_TOKENS \
-  SAMPLES QA_FILE OF QUESTION LIMIT SEED SLOTS CHUNK DEVICE DTYPE ATTENTION RESULTS TASK ARGS
-KNOWN := $(RUN_VARIABLES) PYTHON EXTRAS CONFIRM
+RUN_VARIABLES := POLICY CODEC BUDGET MODEL LENGTHS DEPTHS HAYSTACK TASKS DATA MAX_LENGTH MAX_TOKENS \
+  SAMPLES QA_FILE OF QUESTION LIMIT SEED SLOTS CHUNK DEVICE DTYPE KV_DTYPE ATTENTION RESULTS TASK \
+  SHARD LAUNCHER ARGS
+KNOWN := $(RUN_VARIABLES) PYTHON EXTRAS CONFIRM KVPRESS_PYTHON
 
 # Emptied here, so that only the command line sets them: a MODEL or DEVICE that the shell happens to
 # export must not change a benchmark.
-$(foreach name,$(RUN_VARIABLES) EXTRAS CONFIRM,$(eval $(name) =))
+$(foreach name,$(RUN_VARIABLES) EXTRAS CONFIRM KVPRESS_PYTHON,$(eval $(name) =))
 PYTHON ?= python3
 
 # ---- refuse what would be ignored or misread ----
@@ -81,6 +87,9 @@ endif
 ifneq ($(filter reference-%,$(MAKECMDGOALS)),)
 MISPLACED := $(filter-out DATA,$(MISPLACED))
 endif
+ifneq ($(filter train-locret,$(MAKECMDGOALS)),)
+MISPLACED := $(filter-out MODEL DEVICE,$(MISPLACED))
+endif
 ifeq ($(filter $(RUN_TARGETS) help,$(or $(MAKECMDGOALS),help)),)
 ifneq ($(MISPLACED),)
 $(error $(MISPLACED): only for $(RUN_TARGETS), not for `make $(MAKECMDGOALS)`)
@@ -89,12 +98,16 @@ endif
 
 # ---- variables become Hydra overrides; an empty one is not passed, so the default in conf/ holds ----
 
+# Not every place has trained heads, so locret runs when it is named: POLICY=locret.
+ALL_POLICIES := glob(*,exclude=locret)
+
 # $(value ...) takes the text as typed: a `$` in it is neither expanded by Make nor lost.
 option = $(if $2,'$1=$2')
 option_list = $(if $2,'$1=[$2]')
 OVERRIDES = $(strip \
   $(call option,task,$(value TASK)) \
-  $(call option,policy,$(patsubst all,glob(*),$(value POLICY))) \
+  $(call option,policy,$(patsubst all,$(ALL_POLICIES),$(value POLICY))) \
+  $(call option,codec,$(value CODEC)) \
   $(call option,budget,$(value BUDGET)) \
   $(call option,model,$(value MODEL)) \
   $(call option_list,task.lengths,$(value LENGTHS)) \
@@ -114,8 +127,11 @@ OVERRIDES = $(strip \
   $(call option,chunk,$(value CHUNK)) \
   $(call option,device,$(value DEVICE)) \
   $(call option,dtype,$(value DTYPE)) \
+  $(call option,kv_dtype,$(value KV_DTYPE)) \
   $(call option,attention,$(value ATTENTION)) \
   $(call option,results_dir,$(value RESULTS)) \
+  $(call option,shard,$(value SHARD)) \
+  $(call option,launcher,$(value LAUNCHER)) \
   $(foreach word,$(value ARGS),'$(word)'))
 
 ##@ Start here
@@ -126,8 +142,8 @@ help: ## this page
 	  /^##@ / { targets = targets "\n" substr($$0, 5) ":\n" } \
 	  /^[a-z0-9-]+:.* ## / { name = text = $$0; sub(/:.*/, "", name); sub(/.* ## /, "", text); \
 	    targets = targets sprintf("  make %-19s %s\n", name, text) } \
-	  /^#[=:] [A-Z]/ { value = ENVIRON["VALUE_" $$2]; text = substr($$0, 15); \
-	    line = sprintf("  %-10s %-10s %s\n", $$2, value == "" ? "-" : value, text); \
+	  /^#[=:] [A-Z]/ { value = ENVIRON["VALUE_" $$2]; text = $$0; sub(/^#[=:] [A-Z_]+ +/, "", text); \
+	    line = sprintf("  %-14s %-10s %s\n", $$2, value == "" ? "-" : value, text); \
 	    if ($$1 == "#=") run = run line; else other = other line } \
 	  /^\#> / { examples = examples "  " substr($$0, 4) "\n" } \
 	  END { \
@@ -145,7 +161,7 @@ setup: .venv/.stamp ## install everything into .venv; every other target does th
 	@echo 'kvarena is installed in .venv; now try: make demo'
 
 .PHONY: list
-list: .venv/.stamp ## names of the policies, tasks and models
+list: .venv/.stamp ## names of the policies, codecs, tasks and models
 	@.venv/bin/python -m kvarena.harness.registry
 
 ##@ Benchmarks
@@ -203,7 +219,7 @@ rescore: .venv/.stamp ## score stored answers again, without a model; nothing is
 ##@ Recorded runs (results/reference and results/anatomy)
 
 REFERENCE := .venv/bin/python -m kvarena.harness.reference results
-RUN_ALL := .venv/bin/kvarena --multirun 'policy=glob(*)'
+RUN_ALL := .venv/bin/kvarena --multirun 'policy=$(ALL_POLICIES)'
 
 .PHONY: reference
 reference: .venv/.stamp ## the runs behind the README's table and picture: about 10 minutes
@@ -227,6 +243,25 @@ reference-ruler: .venv/.stamp ## RULER's retrieval tasks at 1k and 2k: half an h
 	$(RUN_ALL) experiment=reference_ruler budget=512
 	$(REFERENCE) ruler
 
+# Nothing but 2-bit codes holds all 2000 tokens in 12 MB, and ZipCache's probe queries alone take 7 MB.
+EQUAL_BYTES := .venv/bin/kvarena --multirun experiment=equal_bytes results_dir=results/equal-bytes
+WINDOW := codec.window=64
+
+.PHONY: equal-bytes
+equal-bytes: train-locret ## policies, codecs and both in the same bytes of KV cache: an hour
+	$(EQUAL_BYTES) policy=full budget=full
+	$(EQUAL_BYTES) 'policy=glob(*,exclude=full)' budget=12MB,20MB
+	$(EQUAL_BYTES) policy=full codec=kivi codec.bits=4 $(WINDOW) budget=12MB,20MB
+	$(EQUAL_BYTES) policy=full codec=kvcomp $(WINDOW) budget=12MB,20MB
+	$(EQUAL_BYTES) policy=full codec=zipcache $(WINDOW) budget=20MB
+	$(EQUAL_BYTES) policy=keydiff,snapkv,streaming_llm,locret codec=kivi codec.bits=4 $(WINDOW) budget=12MB,20MB
+	.venv/bin/python -m kvarena.harness.equal_bytes results/equal-bytes
+
+.PHONY: train-locret
+train-locret: .venv/.stamp ## trained heads for POLICY=locret, once for each MODEL: ten CPU minutes
+	.venv/bin/python -m kvarena.harness.train_locret $(if $(MODEL),--model '$(value MODEL)') \
+	  $(if $(DEVICE),--device '$(value DEVICE)')
+
 .PHONY: notebooks
 notebooks: .venv/.stamp ## run the notebooks on the committed results and keep their outputs
 	.venv/bin/python tests/execute_notebooks.py
@@ -234,6 +269,16 @@ notebooks: .venv/.stamp ## run the notebooks on the committed results and keep t
 .PHONY: anatomy
 anatomy: .venv/.stamp ## what each policy keeps, and where keys point: ten minutes
 	.venv/bin/python -m kvarena.harness.anatomy results/anatomy
+
+##@ Speed (results/bench)
+
+.PHONY: bench
+bench: .venv/.stamp ## the engine beside model.generate and kvpress: half an hour on a quiet machine
+	.venv/bin/python -m kvarena.harness.bench $(if $(KVPRESS_PYTHON),--kvpress-python '$(value KVPRESS_PYTHON)')
+
+.PHONY: bench-gpu
+bench-gpu: .venv/.stamp ## Llama-3.1-8B's shape with random weights on a CUDA device
+	.venv/bin/python -m kvarena.harness.bench.gpu
 
 ##@ Work on kvarena
 

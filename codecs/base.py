@@ -15,12 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kvarena.policies.base import check_option_types
-
-EXACT_DTYPES = {"model": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +56,11 @@ class Probes:
 class Codec(ABC):
     """Base of all codecs; options are dataclass fields and are checked for type and range.
 
-    window: the newest so many tokens of each head stay exact; block: tokens coded at once;
-    exact: data type of exact tokens, "model" (the model's own), float16 or bfloat16.
+    window: the newest so many tokens of each head stay exact; block: tokens coded at once.
     """
 
     window: int = 128
     block: int = 64
-    exact: str = "model"
 
     # False only for a codec that leaves every token exact.
     codes: ClassVar[bool] = True
@@ -76,8 +71,6 @@ class Codec(ABC):
             raise ValueError(f"window must be >= 0 tokens, got {self.window}")
         if self.block < 1:
             raise ValueError(f"block must be >= 1 token, got {self.block}")
-        if self.exact not in EXACT_DTYPES:
-            raise ValueError(f"exact must be one of {', '.join(EXACT_DTYPES)}, got {self.exact!r}")
 
     @property
     def probes(self) -> Probes | None:

@@ -1,7 +1,6 @@
-"""No codec: every kept token is stored as it is, by default in the model's own data type.
+"""No codec: every kept token is stored as it is.
 
-Method: none. ``exact=float16`` holds a float32 model's cache in 16 bits, which is what bytes of the
-other codecs are to be compared with on a CPU.
+Method: none.
 Differs from the paper: there is none.
 """
 

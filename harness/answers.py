@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from kvarena.harness.cell import Cell
 from kvarena.harness.engine import Engine
 from kvarena.harness.fidelity import forced_answers
+from kvarena.harness.kv_bytes import compression
 from kvarena.harness.progress import TokenProgress
 from kvarena.harness.provenance import commit_label
 from kvarena.harness.requests import stop_tokens
@@ -44,6 +46,8 @@ def _answer_rows(job: Job, samples: Sequence[Sample]) -> Iterator[dict[str, Any]
     engine = Engine(
         job.model,
         cell.policy,
+        codec=cell.codec,
+        kv_dtype=cell.torch_kv_dtype,
         chunk_tokens=cell.chunk_tokens,
         slots=cell.slots,
         attention=cell.attention,
@@ -100,14 +104,16 @@ def settings_of(cell: Cell, sample: Sample) -> dict[str, Any]:
         "task": cell.task.name,
         "task_version": cell.task.version,
         "model": cell.model.name,
-        "policy": cell.policy_label,
+        "policy": cell.method_label,
+        "codec": cell.codec_used,
         "budget": cell.bound.label,
         "question": cell.question,
         "chunk": cell.chunk_tokens,
         "sampling": cell.sampling.label,
         "dtype": cell.dtype_name,
+        "kv_dtype": cell.kv_dtype_name,
         "device": cell.device,
-        "attention": "reference" if cell.policy.needs.attention_mass else cell.attention,
+        "attention": _kernel(cell),
         "seed": cell.seed,
         "commit": commit_label(),
         "sample_id": sample.id,
@@ -118,6 +124,12 @@ def settings_of(cell: Cell, sample: Sample) -> dict[str, Any]:
         "budget_tokens": cell.budget_tokens(sample) if cell.policy.evicts else None,
         **{f"meta_{name}": value for name, value in sample.meta.items()},
     }
+
+
+def _kernel(cell: Cell) -> str:
+    """The kernel that ran: on a CPU, attention mass comes from weights that are written out."""
+    writes_out = cell.policy.needs.attention_mass and torch.device(cell.device).type == "cpu"
+    return "reference" if writes_out else cell.attention
 
 
 def _evicted(generation: Generation) -> bool:
@@ -139,6 +151,13 @@ def _row(job: Job, sample: Sample, generation: Generation, num_samples: int) -> 
         "finish_reason": generation.finish_reason,
         "kv_bytes_kept": generation.kv_bytes_kept,
         "kv_bytes_peak": generation.kv_bytes_peak,
+        "kept_tokens": generation.kept_tokens,
+        **compression(
+            job.model.config,
+            kv_bytes=generation.kv_bytes_kept,
+            kept_tokens=generation.kept_tokens,
+            prompt_tokens=generation.prompt_tokens,
+        ),
         "ttft_sec": generation.ttft_sec,
         "decode_tokens_per_sec": generation.decode_tokens_per_sec,
         "compressed": _evicted(generation),

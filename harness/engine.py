@@ -24,6 +24,7 @@ from kvarena.codecs.none import NoCodec
 from kvarena.harness.attention import KERNELS
 from kvarena.harness.cache import LayerCache
 from kvarena.harness.errors import UsageError
+from kvarena.harness.heap import give_back_free_memory
 from kvarena.harness.layer_stores import check_layers, count_bytes, new_layers
 from kvarena.harness.models import check_architecture, check_attention
 from kvarena.harness.passes import ARENA, ForwardPass, pack_runs
@@ -46,6 +47,7 @@ class Engine:
 
     model: a decoder of transformers; it is not changed.
     codec: how tokens older than its exact window are stored; None: as they are.
+    kv_dtype: data type of tokens that are not coded; None: the model's own.
     budget_tokens: most tokens a KV head of any layer holds after a chunk, N; None: no bound.
     chunk_tokens: prompt tokens per pass and sequence, B.
     slots: sequences side by side. attention: sdpa | flash | reference.
@@ -57,6 +59,7 @@ class Engine:
         policy: Policy,
         *,
         codec: Codec | None = None,
+        kv_dtype: torch.dtype | None = None,
         budget_tokens: int | None = None,
         chunk_tokens: int = 128,
         slots: int = 8,
@@ -71,6 +74,7 @@ class Engine:
         self.model = model
         self.policy = policy
         self.codec = codec or NoCodec()
+        self.kv_dtype = kv_dtype
         self.budget_tokens = budget_tokens
         self.chunk_tokens = chunk_tokens
         self.slots = slots
@@ -152,6 +156,7 @@ class Engine:
             self.policy,
             self.codec,
             sequences,
+            kv_dtype=self.kv_dtype,
             num_slots=len(slots),
             chunk_tokens=self.chunk_tokens,
         )
@@ -164,6 +169,8 @@ class Engine:
             self.layers = layers  # another iterator of this engine may have run in between
             num_tokens = self._step(slots, sampling, recording)
             check_layers(self.model, layers)
+            if self.codec.codes:
+                give_back_free_memory()
             if on_pass is not None:
                 on_pass(num_tokens)
             finished = []
@@ -231,9 +238,17 @@ class Engine:
         self, row: list[int], work: list[tuple[int, Sequence, list[int]]], rows_wanted: list[int]
     ) -> Tensor:
         """Logits [len(rows_wanted), V] of the packed row; caches are written and evicted."""
-        device = self.model.device
         positions = [s.num_seen + i for _, s, tokens in work for i in range(len(tokens))]
-        position_ids = torch.tensor([positions], device=device)
+        device = self.model.device
+        # Each transfer makes the host wait for the device, so tokens and positions share one.
+        inputs = torch.tensor([row, positions], device=device)  # [2, total]
+        return self._logits(inputs, work, torch.tensor(rows_wanted, device=device).long())
+
+    def _logits(
+        self, inputs: Tensor, work: list[tuple[int, Sequence, list[int]]], rows_wanted: Tensor
+    ) -> Tensor:
+        """``_forward`` from where its numbers are on the device; nothing in here waits for it."""
+        tokens, position_ids = inputs.split(1)
         arena = ForwardPass(
             runs=pack_runs(work, position_ids[0]),
             layers=self.layers,
@@ -246,10 +261,10 @@ class Engine:
         config._attn_implementation = ARENA
         try:
             output = self.model(
-                input_ids=torch.tensor([row], device=device),
+                input_ids=tokens,
                 position_ids=position_ids,
                 use_cache=False,
-                logits_to_keep=torch.tensor(rows_wanted, dtype=torch.long, device=device),
+                logits_to_keep=rows_wanted,
                 arena=arena,
             )
         finally:

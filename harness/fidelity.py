@@ -122,12 +122,15 @@ def forced_answers(
     _complete(full, references, f"{cell.label}, full cache first")
     del full  # with its buffers, before the policy's are made
 
+    policy_engine = engine(
+        cell.policy, codec=cell.codec, kv_dtype=cell.torch_kv_dtype, slots=cell.slots
+    )
     prompts = [sample.prompt_token_ids for sample in samples]
     answers = [reference.read("token_ids").tolist() for reference in references]
     num_tokens = sum(map(len, prompts)) + sum(map(len, answers))
     with TokenProgress(cell.label, num_tokens * (2 if task.attention_recall else 1)) as progress:
         advance = progress.advance
-        for generation in engine(cell.policy, slots=cell.slots).generate(
+        for generation in policy_engine.generate(
             prompts,
             forced=answers,
             budgets=budgets,

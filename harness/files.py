@@ -17,7 +17,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share a folder may well give two processes the same number.
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as stream:

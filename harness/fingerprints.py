@@ -1,4 +1,4 @@
-"""Short hashes of what settings only point to: code of a policy, files of a model.
+"""Short hashes of what settings only point to: code of a policy or codec, files of a model.
 
 They are part of a cell's identity, so an edited policy or a retrained model in the same folder can
 never find the rows of the old one.
@@ -8,6 +8,7 @@ import hashlib
 import inspect
 from pathlib import Path
 
+from kvarena.codecs.base import Codec
 from kvarena.harness import models
 from kvarena.harness.models import ModelSpec
 from kvarena.policies.base import Policy
@@ -17,10 +18,14 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".gguf"}
 _TEXTS = {".json", ".jinja", ".txt", ".model", ".py"}
 
 
-def policy_fingerprint(policy: Policy) -> str:
-    """Of the files that define the policy's class and its parents, the common base left out."""
-    files = {inspect.getfile(kind) for kind in type(policy).__mro__[: -len(Policy.__mro__)]}
-    return _digest(*(Path(file).read_bytes() for file in sorted(files)))
+def code_fingerprint(chosen: Policy | Codec, base: type) -> str:
+    """Of the files that define the class of a policy or codec and its parents below ``base``.
+
+    The files that a policy's options name, such as trained weights, count as well.
+    """
+    files = {inspect.getfile(kind) for kind in type(chosen).__mro__[: -len(base.__mro__)]}
+    named = [getattr(chosen, option) for option in getattr(chosen, "file_options", ())]
+    return _digest(*(Path(file).read_bytes() for file in [*sorted(files), *named]))
 
 
 def model_fingerprint(spec: ModelSpec) -> str:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence as Seq
 
+import torch
 from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
 from kvarena.harness.cache import LayerCache
-from kvarena.harness.coded_cache import CodedCache
+from kvarena.harness.coded_cache import CodedCache, Workspace
 from kvarena.harness.errors import UsageError
 from kvarena.harness.sequence import Sequence
 from kvarena.policies.base import Policy
@@ -18,6 +19,7 @@ def new_layers(
     codec: Codec,
     sequences: Seq[Sequence],
     *,
+    kv_dtype: torch.dtype | None = None,
     num_slots: int,
     chunk_tokens: int,
 ) -> list[LayerCache]:
@@ -26,10 +28,12 @@ def new_layers(
     num_saved_sinks = policy.sinks if policy.needs.rank_positions else 0
     side_state = (policy.columns, num_saved_sinks)
     num_layers = model.config.get_text_config().num_hidden_layers
-    if not codec.codes and codec.exact == "model":
+    if not codec.codes and kv_dtype in (None, model.dtype):
         return [LayerCache(num_slots, capacity, *side_state) for _ in range(num_layers)]
+    workspace = Workspace()
     return [
-        CodedCache(num_slots, capacity, codec, chunk_tokens, *side_state) for _ in range(num_layers)
+        CodedCache(num_slots, capacity, codec, chunk_tokens, kv_dtype, workspace, *side_state)
+        for _ in range(num_layers)
     ]
 
 

@@ -114,6 +114,12 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     return DTYPES[one_of("dtype", dtype, [*DTYPES, "auto"])]
 
 
+def resolve_kv_dtype(kv_dtype: str) -> torch.dtype | None:
+    """None for the model's own."""
+    kinds = {"model": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return kinds[one_of("kv_dtype", kv_dtype, list(kinds))]
+
+
 def check_device(device: str) -> None:
     """Raise UsageError for a device that this machine lacks."""
     try:

@@ -10,6 +10,7 @@ and new tokens, D head dim.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Run:
 
     row: their tokens in the packed row, slot after slot; num_live: tokens per head before the pass;
     num_kept: after it; budget_tokens: None if nothing is ever evicted; positions: [S, Q] of the new
-    tokens in the original text.
+    tokens in the original text; text_tokens: of the longest text so far.
     """
 
     slots: slice
@@ -47,6 +48,7 @@ class Run:
     num_kept: int
     budget_tokens: int | None
     positions: Tensor
+    text_tokens: int
 
     @property
     def num_sequences(self) -> int:
@@ -56,10 +58,21 @@ class Run:
     def num_tokens(self) -> int:
         return self.num_live + self.num_new
 
-    @property
+    @cached_property
     def num_evicted_before(self) -> Tensor:
         """[S]: how far the original positions run ahead of the ranks inside the cache."""
         return self.positions[:, 0] - self.num_live
+
+    @cached_property
+    def next_position(self) -> Tensor:
+        """[S, 1, 1]: place in the text of the token after this pass."""
+        return self.positions[:, -1:, None] + 1
+
+    @cached_property
+    def causal_mask(self) -> Tensor | None:
+        """The mask of all layers without a sliding window, built once for them."""
+        key_positions = torch.empty(1, 1, self.num_tokens, device=self.positions.device)
+        return attention.visible_tokens(self.positions, key_positions, self.num_new, None)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[S, heads, Q, D] of this run from a packed [1, heads, total, D]."""
@@ -93,6 +106,7 @@ def pack_runs(work: Seq[tuple[int, Sequence, list[int]]], positions: Tensor) -> 
                 num_kept=first.kept_after(num_new),
                 budget_tokens=first.limit_after(num_new),
                 positions=positions[row].view(num, num_new),
+                text_tokens=num_new + max(sequence.num_seen for _, sequence, _ in group),
             )
         )
         start = row.stop
@@ -129,7 +143,7 @@ class ForwardPass:
                 run, module, run.unpack(query), run.unpack(key), run.unpack(value), spec
             )
             outputs.append(output.transpose(1, 2).flatten(0, 1))  # [S * Q, H, D]
-        return torch.cat(outputs)[None]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
     def _attend_run(
         self,
@@ -148,34 +162,33 @@ class ForwardPass:
         keys, values = cache.tokens(run.slots, run.num_tokens)
         if self.policy.needs.rank_positions:
             self._move_sinks(run, cache, module, keys)
-        positions = cache.positions[run.slots, :, : run.num_tokens].long()
-        mask = attention.visible_tokens(
-            run.positions,
-            self._attended_positions(run, positions),
-            run.num_new,
-            spec.sliding_window,
-        )
+        positions = cache.positions[run.slots, :, : run.num_tokens]
+        mask = self._mask(run, positions, spec)
 
         needs = self.policy.needs
+        evicts = run.num_kept < run.num_tokens
+        is_scored = evicts or bool(self.policy.columns)
         mass = rows = None
         if needs.attention_mass:
-            output, mass = attention.attend_with_mass(query, keys, values, mask, spec)
+            output, mass = attention.attend_with_mass(query, keys, values, mask, spec, self.kernel)
+        elif is_scored and needs.attention_rows >= run.num_new:
+            output, rows = attention.attend_with_weights(query, keys, values, mask, spec)
         else:
             output = self.kernel(query, keys, values, mask, spec)
 
-        evicts = run.num_kept < run.num_tokens
-        if evicts or self.policy.columns:
-            if needs.attention_rows:
+        if is_scored:
+            if needs.attention_rows and rows is None:
                 rows = attention.last_query_weights(query, keys, mask, spec, needs.attention_rows)
             view = LayerView(
                 layer=index,
                 stored_keys=keys,
                 stored_values=values,
-                positions=positions,
+                positions=positions.long(),
                 attention=rows,
                 attention_mass=mass,
                 new=self._new_tokens(run, module, query, key, value) if needs.new_tokens else None,
                 columns=cache.columns(run.slots, run.num_tokens),
+                text_tokens=run.text_tokens,
             )
             scores = self.policy.score(view)
             if evicts:
@@ -197,7 +210,7 @@ class ForwardPass:
         # Only protection is infinite: neither NaN nor a policy's own infinity may outrank it.
         largest = torch.finfo(torch.float32).max
         scores = scores.float().nan_to_num(nan=-largest, posinf=largest, neginf=-largest)
-        next_position = run.positions[:, -1:, None] + 1  # [S, 1, 1]
+        next_position = run.next_position
         assert run.budget_tokens is not None
         num_recent = self.policy.num_recent(run.budget_tokens)
         if self.policy.sinks:
@@ -233,12 +246,14 @@ class ForwardPass:
             assert self.rotator is not None
             keys[:, :, :num_sinks] = self.rotator.rotate(module, saved, run.num_evicted_before)
 
-    def _attended_positions(self, run: Run, positions: Tensor) -> Tensor:
-        """Positions [S, K, T] as attention sees them: sinks are moved when positions are ranks."""
-        if not self.policy.needs.rank_positions:
-            return positions
-        moved = positions + run.num_evicted_before[:, None, None]
-        return torch.where(positions < self.policy.sinks, moved, positions)
+    def _mask(self, run: Run, positions: Tensor, spec: AttentionSpec) -> Tensor | None:
+        """What each query sees, broadcastable to [S, K, Q, T], or None; positions: [S, K, T]."""
+        if spec.sliding_window is None:
+            return run.causal_mask
+        if self.policy.needs.rank_positions:  # attention sees the sinks where they were moved to
+            moved = positions + run.num_evicted_before[:, None, None]
+            positions = torch.where(positions < self.policy.sinks, moved, positions)
+        return attention.visible_tokens(run.positions, positions, run.num_new, spec.sliding_window)
 
 
 def arena_attention(

@@ -7,14 +7,12 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedConfig
 
 from kvarena.harness import models
 from kvarena.harness.cell import Cell
 from kvarena.harness.errors import UsageError
+from kvarena.harness.kv_bytes import bytes_per_token
 from kvarena.harness.results import CellFolder, find_cells, read_lines
-
-_POSITION_BYTES = 4  # stored beside every token of every KV head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +40,15 @@ def plan_cell(cell: Cell, results_dir: Path, *, fork: bool = False) -> Plan:
 
     Also notes how many samples were planned, so that ``make status`` can tell what is missing.
     """
-    folder = CellFolder(results_dir, cell.identity)
-    samples = cell.samples(models.load_tokenizer(cell.model))
+    folder = CellFolder(results_dir, cell.identity, cell.shard)
+    all_samples = cell.samples(models.load_tokenizer(cell.model))
+    samples = cell.part(all_samples)
     rows = read_lines(folder.path)
     done = {row["sample_id"] for row in rows if row.get("status") == "ok"}
     left = [sample for sample in samples if sample.id not in done]
     if not fork and not (folder.path / "manifest.json").exists():
         folder.refuse_drift()
-    folder.note_plan(len(samples))
+    folder.note_plan(len(all_samples))
     longest = [len(s.prompt_token_ids) + s.max_new_tokens for s in samples]
     bounds = [cell.budget_tokens(sample) for sample in samples]
     held = [
@@ -67,18 +66,9 @@ def plan_cell(cell: Cell, results_dir: Path, *, fork: bool = False) -> Plan:
         num_done=len(samples) - len(left),
         num_tokens=num_tokens,
         kv_bytes_full=per_token * max(longest, default=0),
-        kv_bytes_budget=per_token * max(held, default=0),
+        kv_bytes_budget=cell.bound.bytes or per_token * max(held, default=0),
         eta_sec=num_tokens / rate if rate else None,
     )
-
-
-def bytes_per_token(config: PreTrainedConfig, item_bytes: int) -> int:
-    """Keys, values and position of one token in all KV heads of all layers."""
-    config = config.get_text_config()
-    num_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return config.num_hidden_layers * num_kv_heads * (2 * head_dim * item_bytes + _POSITION_BYTES)
 
 
 def _tokens_per_sec(results_dir: Path, cell: Cell) -> float | None:
@@ -92,7 +82,7 @@ def _tokens_per_sec(results_dir: Path, cell: Cell) -> float | None:
         except UsageError:  # a damaged cell is no reason not to plan another
             continue
         for row in rows:
-            if row.get("status") != "ok" or row["policy"] != cell.policy_label:
+            if row.get("status") != "ok" or row["policy"] != cell.method_label:
                 continue
             num_tokens += row["prompt_tokens"] + row["generated_tokens"]
             rate = row["decode_tokens_per_sec"]
@@ -103,7 +93,8 @@ def _tokens_per_sec(results_dir: Path, cell: Cell) -> float | None:
 
 def print_plans(plans: Sequence[Plan]) -> None:
     """One line per cell, then the sums (of memory the largest, of the minutes if all are known)."""
-    plans = list({plan.path: plan for plan in plans}.values())  # full is one cell at any budget
+    # full is one cell at any budget
+    plans = list({(plan.path, plan.label): plan for plan in plans}.values())
     table = Table(box=SIMPLE_HEAD)
     table.add_column("cell", overflow="fold")
     headings = ("state", "samples", "tokens\nleft", "KV MB\nfull", "KV MB\nbudget", "minutes\nleft")

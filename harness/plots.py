@@ -150,8 +150,9 @@ def _policies_by_score(rows: pd.DataFrame) -> list[str]:
 
 
 def _budget_title(budget: str) -> str:
-    kind = parse_budget(budget).sort_key[0]
-    return "full cache" if kind == 2 else f"budget {budget}" + (" tokens" if kind == 0 else "")
+    bound = parse_budget(budget)
+    unit = " tokens" if bound.tokens is not None else ""
+    return "full cache" if bound.is_full else f"budget {budget}{unit}"
 
 
 def _counted(rows: pd.DataFrame, *grids: np.ndarray) -> str:

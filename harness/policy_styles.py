@@ -1,6 +1,6 @@
 """How a policy looks in every picture: a colour and a marker that depend on its name alone.
 
-A label may carry options or a version, as in ``keydiff(anchor=median)`` or ``keydiff@3fa9``: colour
+A label may carry options, a codec or a version, as in ``keydiff(anchor=median)+kivi``: colour
 and marker are those of the bare name, and the rest chooses a dash pattern and a half-filled marker.
 """
 
@@ -32,6 +32,8 @@ POLICY_STYLES: Mapping[str, PolicyStyle] = MappingProxyType(
         "tova": PolicyStyle("#CC79A7", "v"),
         "streaming_llm": PolicyStyle("#E69F00", "<"),
         "l2norm": PolicyStyle("#56B4E9", ">"),
+        # Okabe and Ito have no more: wine, from Paul Tol's (https://sronpersonalpages.nl/~pault/).
+        "locret": PolicyStyle("#882255", "H"),
     }
 )
 SPARE_MARKERS = "PX*hpd8"
@@ -53,7 +55,7 @@ def policy_styles(labels: Iterable[str]) -> dict[str, PolicyStyle]:
     """
     styles: dict[str, PolicyStyle] = {}
     for label in sorted(set(labels)):
-        name = re.split(r"[(@]", label)[0]
+        name = re.split(r"[(@+]", label)[0]
         style = POLICY_STYLES.get(name) or _spare_style(name)
         if options := label.removeprefix(name):
             first = zlib.crc32(options.encode()) % len(OPTION_STYLES)
@@ -68,6 +70,7 @@ def policy_styles(labels: Iterable[str]) -> dict[str, PolicyStyle]:
 
 
 def _spare_style(name: str) -> PolicyStyle:
-    colours = [style.colour for style in POLICY_STYLES.values()][1:]
+    # Only these: a spare style must not change when the project gets one more policy.
+    colours = [style.colour for style in POLICY_STYLES.values()][1:7]
     marker, colour = divmod(zlib.crc32(name.encode()), len(colours))
     return PolicyStyle(colours[colour], SPARE_MARKERS[marker % len(SPARE_MARKERS)])

@@ -1,6 +1,6 @@
 """What there is to choose from: a directory is the registry, one yaml per choice.
 
-``python -m kvarena.harness.registry`` lists policies, tasks and models.
+``python -m kvarena.harness.registry`` lists policies, codecs, tasks and models.
 """
 
 import difflib
@@ -63,8 +63,8 @@ def build(settings: Mapping[str, Any]) -> Any:  # Any: whatever class _target_ n
 
 
 def main() -> None:
-    """Print every choice of the three groups with the first line of its module's docstring."""
-    for group in ("policy", "task", "model"):
+    """Print every choice of the four groups with the first line of its module's docstring."""
+    for group in ("policy", "codec", "task", "model"):
         print(f"{group}=")
         for name in choices(group):
             settings = load_choice(group, name)

@@ -23,7 +23,10 @@ def report(
 
     Only the samples of this command count, not what else their cells hold.
     """
-    wanted = {outcome.path: outcome.sample_ids for outcome in outcomes}
+    wanted: dict[Path, frozenset[str]] = {}  # shards are jobs of their own in one cell
+    for outcome in outcomes:
+        wanted[outcome.path] = wanted.get(outcome.path, frozenset()) | outcome.sample_ids
+    wanted = {path: sample_ids for path, sample_ids in wanted.items() if sample_ids}
     rows = read_rows(wanted, only=wanted)
     if rows.empty:
         return []

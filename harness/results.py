@@ -3,7 +3,8 @@
 A cell is one (task, model, policy, budget, seed, ...). Its folder is keyed by a hash of everything
 that affects outputs, so two different cells can never share rows, and running the same command
 again finds what is there already. A sample that is answered or scored again gets a further row; the
-last one that is "ok" counts.
+last one that is "ok" counts. Shards of a cell write at the same time, each to files of its own that
+count together with ``samples.jsonl``, the file of commands without a shard.
 """
 
 import errno
@@ -14,16 +15,19 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from kvarena.harness.errors import LockedError, UsageError
 from kvarena.harness.files import file_name, replacing
 from kvarena.harness.provenance import now, provenance
+from kvarena.harness.shards import Shard
 
 SCHEMA_VERSION = 2  # of rows and of what the engine keeps; another one makes other folders
 _STATUS_EVERY_SEC = 5.0
+# Last the file of commands without a shard: only those score again, and what they write counts.
+_ROW_FILES = ("samples-*of*.jsonl", "samples.jsonl")
 
 
 class CellFolder:
@@ -31,9 +35,12 @@ class CellFolder:
 
     identity: JSON values that decide the cell's outputs; ``task``, ``model``, ``policy`` and
     ``budget`` among them name the folder; ``content`` holds hashes of what the others point to.
+    shard: of the command that writes; it is no part of the identity.
     """
 
-    def __init__(self, results_dir: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, results_dir: Path, identity: Mapping[str, Any], shard: Shard | None = None
+    ) -> None:
         self.identity = json.loads(json.dumps({"schema": SCHEMA_VERSION, **identity}))
         canonical = json.dumps(self.identity, sort_keys=True)
         self.run_id = hashlib.sha256(canonical.encode()).hexdigest()[:12]
@@ -42,7 +49,8 @@ class CellFolder:
         )
         self._prefix = f"{policy}-{budget}-"
         self.path = results_dir / "runs" / task / model / f"{self._prefix}{self.run_id[:8]}"
-        self.rows_path = self.path / "samples.jsonl"
+        self._shard_suffix = shard.suffix if shard else ""
+        self.rows_path = self.path / f"samples{self._shard_suffix}.jsonl"
         self._status: dict[str, Any] = {}
         self._status_written = 0.0
 
@@ -81,10 +89,10 @@ class CellFolder:
 
     @contextmanager
     def claimed(self, *, wait: bool = False) -> Iterator[None]:
-        """Two processes must not write the same cell. Raises LockedError if another one does.
+        """Two processes must not write the same files: a shard claims its own, others the cell.
 
-        wait: until the other one is done, instead. Raises UsageError for a place that cannot be
-        written.
+        Raises LockedError if another one does; wait: until it is done, instead. Raises UsageError
+        for a place that cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -93,43 +101,33 @@ class CellFolder:
             raise UsageError(
                 f"{self.path} cannot be written ({error.strerror}); choose another results_dir"
             ) from error
-        with (self.path / ".lock").open("a") as stream:  # a lock ends with its process
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise LockedError(
-                        f"another process is writing {self.path}; wait for it"
-                    ) from None
-                print(f"waiting for another process to finish {self.path}", flush=True)
-                fcntl.flock(stream, fcntl.LOCK_EX)
+        with ExitStack() as locks:
+            if self._shard_suffix:
+                self._lock(locks, ".lock", fcntl.LOCK_SH, wait=wait)
+            self._lock(locks, f".lock{self._shard_suffix}", fcntl.LOCK_EX, wait=wait)
             yield
 
-    def rows(self, *, repair: bool = False) -> list[dict[str, Any]]:
-        """One row per sample so far. A torn last line (a kill while writing) is cut off.
+    def _lock(self, locks: ExitStack, name: str, kind: int, *, wait: bool) -> None:
+        # NFS wants a file that is open for reading and for writing; a lock ends with its process.
+        stream = locks.enter_context((self.path / name).open("a+"))
+        try:
+            fcntl.flock(stream, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise LockedError(f"another process is writing {self.path}; wait for it") from None
+            print(f"waiting for another process to finish {self.path}", flush=True)
+            fcntl.flock(stream, kind)
 
-        Raises UsageError, with file and line, for damage anywhere else; ``repair`` keeps the
-        damaged file under another name and goes on with its good lines.
+    def rows(self, *, repair: bool = False) -> list[dict[str, Any]]:
+        """One row per sample so far, of all shards. Raises UsageError for damage that stays.
+
+        In the files that are claimed, a torn last line (a kill while writing) is cut off, and
+        ``repair`` leaves damaged lines out, keeping the damaged file under another name.
         """
-        if not self.rows_path.exists():
-            return []
-        *lines, tail = self.rows_path.read_bytes().split(b"\n")
-        if tail:
-            warnings.warn(
-                f"{self.rows_path}: cut off a torn last line of {len(tail)} bytes; its sample runs "
-                "again",
-                stacklevel=2,
-            )
-            os.truncate(self.rows_path, sum(len(line) + 1 for line in lines))
-        if repair and any(parse_row(line) is None for line in lines):
-            good = [line for line in lines if parse_row(line) is not None]
-            kept = self.rows_path.with_name(f"samples.corrupt-{now().replace(':', '')}.jsonl")
-            os.link(self.rows_path, kept)
-            with replacing(self.rows_path) as path:
-                path.write_bytes(b"".join(line + b"\n" for line in good))
-            print(f"{self.rows_path}: left out {len(lines) - len(good)} damaged lines, see {kept}")
-            lines = good
-        return latest_rows(lines, self.rows_path)
+        for path in [self.rows_path] if self._shard_suffix else row_files(self.path):
+            if path.exists():
+                _mend(path, repair=repair)
+        return read_lines(self.path)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row so that it survives a crash right after.
@@ -177,18 +175,28 @@ class CellFolder:
         """state: planned | running | done | failed | cancelled."""
         self._status_written = time.monotonic()
         self._status |= {"state": state, "updated": now()}
-        with replacing(self.path / "status.json") as path:
+        with replacing(self.path / f"status{self._shard_suffix}.json") as path:
             path.write_text(json.dumps(self._status, indent=2) + "\n")
 
 
 def read_status(cell_path: Path) -> dict[str, Any]:
-    """status.json of a cell: state, num_planned, num_in_plan, counts, updated; empty if none."""
-    return _read_mapping(cell_path / "status.json") or {}
+    """state, num_planned, num_in_plan, counts, updated of a cell; empty if nothing is noted.
+
+    What a shard noted last counts, and the most samples that any wanted.
+    """
+    found = [_read_mapping(path) or {} for path in cell_path.glob("status*.json")]
+    merged: dict[str, Any] = {}
+    for noted in sorted(found, key=lambda noted: str(noted.get("updated"))):
+        for name in {"num_planned", "num_in_plan"} & noted.keys():
+            noted[name] = max(noted[name], merged.get(name, 0))
+        merged |= noted
+    return merged
 
 
 def find_cells(results_dir: Path) -> list[Path]:
     """Folders of all cells below ``results_dir`` that have rows."""
-    return sorted(path.parent for path in (results_dir / "runs").glob("*/*/*/samples.jsonl"))
+    cells = results_dir / "runs"
+    return sorted({path.parent for name in _ROW_FILES for path in cells.glob(f"*/*/*/{name}")})
 
 
 def read_manifest(cell_path: Path) -> dict[str, Any]:
@@ -212,33 +220,50 @@ def _read_mapping(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else {}
 
 
+def row_files(cell_path: Path) -> list[Path]:
+    """All files with rows of a cell, in the order in which their lines count."""
+    return [path for name in _ROW_FILES for path in sorted(cell_path.glob(name))]
+
+
 def read_lines(cell_path: Path) -> list[dict[str, Any]]:
-    """One row per sample of a cell. The file is left alone: a torn last line is passed over.
+    """One row per sample, in the order of first appearance: the last "ok" one, or the last.
 
-    Raises UsageError, with file and line, for damage anywhere else.
-    """
-    path = cell_path / "samples.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return latest_rows(lines, path)
-
-
-def latest_rows(lines: list[bytes], path: Path) -> list[dict[str, Any]]:
-    """One row per sample, in the order of first appearance: the last "ok" one, else the last.
-
-    Raises UsageError with file and line for a damaged line.
+    The files are left alone: a torn last line is passed over. Raises UsageError, with file and
+    line, for damage anywhere else.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        row = parse_row(line)
-        if row is None:
-            raise UsageError(
-                f"{path} line {number} is damaged; run again with repair=true to keep the good "
-                "lines, or move the folder away to run the cell again"
-            )
-        before = rows.get(row["sample_id"])
-        if before is None or row.get("status") == "ok" or before.get("status") != "ok":
-            rows[row["sample_id"]] = row
+    for path in row_files(cell_path):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            row = parse_row(line)
+            if row is None:
+                how = "" if path.name == _ROW_FILES[-1] else " and without shard"
+                raise UsageError(
+                    f"{path} line {number} is damaged; run again with repair=true{how} to keep the "
+                    "good lines, or move the folder away to run the cell again"
+                )
+            before = rows.get(row["sample_id"])
+            if before is None or row.get("status") == "ok" or before.get("status") != "ok":
+                rows[row["sample_id"]] = row
     return list(rows.values())
+
+
+def _mend(path: Path, *, repair: bool) -> None:
+    """Cut off a torn last line; ``repair``: leave out damaged ones."""
+    *lines, tail = path.read_bytes().split(b"\n")
+    if tail:
+        warnings.warn(
+            f"{path}: cut off a torn last line of {len(tail)} bytes; its sample runs again",
+            stacklevel=3,
+        )
+        os.truncate(path, sum(len(line) + 1 for line in lines))
+    good = [line for line in lines if parse_row(line) is not None] if repair else lines
+    if len(good) < len(lines):
+        stamp = now().replace(":", "")
+        kept = path.with_name(path.name.replace("samples", f"samples.corrupt-{stamp}"))
+        os.link(path, kept)
+        with replacing(path) as whole:
+            whole.write_bytes(b"".join(line + b"\n" for line in good))
+        print(f"{path}: left out {len(lines) - len(good)} damaged lines, see {kept}")
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

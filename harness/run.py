@@ -11,7 +11,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
+from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,14 +31,15 @@ from yaml import YAMLError
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.config import RunConfig
 from kvarena.harness.errors import LockedError, UsageError
+from kvarena.harness.launchers import check_launcher
 from kvarena.harness.registry import choices, one_of
+from kvarena.harness.session import Failure, Session
+from kvarena.harness.shards import parse_shard
 
 if TYPE_CHECKING:
     from kvarena.harness.cell import Cell
-    from kvarena.harness.plan import Plan
-    from kvarena.harness.run_cell import Outcome
 
-GROUPS = ("task", "policy", "model", "experiment")
+GROUPS = ("task", "policy", "codec", "model", "experiment", "launcher")
 
 
 def main() -> None:
@@ -48,82 +50,64 @@ def main() -> None:
     # Schedulers end a job with SIGTERM: an exception lets the cell note where it stopped.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     session = Session()
+    exchange = None  # where jobs in other processes leave what became of them
     try:
-        sys.argv[1:] = prepare_arguments(sys.argv[1:])
-        _hydra_main(session)
+        arguments = prepare_arguments(sys.argv[1:])
+        if is_sweep(arguments):
+            exchange = _sweep_dir(arguments)
+            arguments.append(f"hydra.sweep.dir={_quoted(exchange)}")
+        sys.argv[1:] = arguments
+        _hydra_main(session, exchange)
     except KeyboardInterrupt:
         session.code_when_stopped = 130
     except SystemExit as stop:
         if stop.code not in (None, 0):
             session.code_when_stopped = int(stop.code) if isinstance(stop.code, int) else 1
     except Exception as error:
-        if error not in session.errors:
-            _report(error, session.results_dir)
-            session.errors.append(error)
+        session.fail(_failure(error, session.results_dir))
+    if exchange:
+        session.collect(exchange)
     if session.code_when_stopped in (130, 143):
         print(
             f"stopped; {len(session.outcomes)} cells are complete, finished samples are kept. "
             "The same command goes on from here.",
             file=sys.stderr,
         )
-    elif session.plans and not session.code_when_stopped:
-        from kvarena.harness.plan import print_plans
-
-        print_plans(session.plans)
-    elif session.outcomes and not session.code_when_stopped:
+    elif not session.code_when_stopped:
         try:
-            _show(session)
+            session.show()
         except Exception as error:
-            _report(error, session.results_dir)
-            session.errors.append(error)
+            session.fail(_failure(error, session.results_dir))
     if session.exit_code:
         sys.exit(session.exit_code)
 
 
-@dataclass
-class Session:
-    """What became of the cells of one command."""
-
-    outcomes: "list[Outcome]" = field(default_factory=list)
-    plans: "list[Plan]" = field(default_factory=list)
-    errors: list[Exception] = field(default_factory=list)
-    code_when_stopped: int = 0
-    allow_partial: bool = False
-    results_dir: Path = Path("results")
-
-    @property
-    def exit_code(self) -> int:
-        """Bad input alone is 2 (75 if only locks were in the way), any failure makes it 1."""
-        if self.code_when_stopped:
-            return self.code_when_stopped
-        if any(not _is_usage_error(error) for error in self.errors):
-            return 1
-        if any(outcome.num_failed for outcome in self.outcomes):
-            return 1
-        if self.errors:
-            return 75 if all(isinstance(error, LockedError) for error in self.errors) else 2
-        return 0
-
-
-def _hydra_main(session: Session) -> None:
+def _hydra_main(session: Session, exchange: Path | None) -> None:
     """Run one cell, or a sweep of them, noting what became of each."""
-    parent = os.getpid()
+    here, folder = _process(), Path.cwd()
 
-    def job(settings: DictConfig) -> str:
+    def job(settings: DictConfig) -> None:
+        is_here = _process() == here
+        noted = session if is_here else Session()
+        os.chdir(folder)  # a cluster's workers start anywhere
         try:
-            return _run(settings, session)
-        except Exception as error:
-            _report(error, session.results_dir)  # at once: a sweep goes on and tells at its end
-            session.errors.append(error)
-            if os.getpid() != parent:  # a launcher with processes of its own hands errors back
-                raise
-            return ""  # Hydra would add a line of its own
+            _run(settings, noted)
+        except Exception as error:  # not handed on: of several, Hydra tells the first one alone
+            noted.fail(_failure(error, noted.results_dir))
+        if not is_here:
+            assert exchange is not None, "only sweeps have jobs elsewhere"
+            noted.hand_over(exchange, HydraConfig.get().job.num)
 
     hydra.main(version_base="1.3", config_path="pkg://kvarena.conf", config_name="config")(job)()
 
 
-def _run(settings: DictConfig, session: Session) -> str:
-    """One cell; returns its folder."""
+def _process() -> tuple[str, int]:
+    """This process among those of all machines."""
+    return os.uname().nodename, os.getpid()
+
+
+def _run(settings: DictConfig, session: Session) -> None:
+    """One cell, or its plan."""
     # Imported here: torch takes seconds, and --help or a typo should not wait for it.
     from kvarena.harness.plan import plan_cell
     from kvarena.harness.run_cell import run_cell
@@ -133,13 +117,13 @@ def _run(settings: DictConfig, session: Session) -> str:
     one_of("mode", config["mode"], ["run", "plan"])
     one_of("drift", config["drift"], ["refuse", "fork"])
     check_tracker(config["tracker"])
-    cell = _cell(config)
     session.allow_partial = config["allow_partial"]
     session.results_dir = Path(config["results_dir"])
+    cell = _cell(config)
     if config["mode"] == "plan":
         plan = plan_cell(cell, session.results_dir, fork=config["drift"] == "fork")
         session.plans.append(plan)
-        return str(plan.path)
+        return
     # In a sweep two jobs may be one cell (full has no budget): the second waits and finds it done.
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     outcome = run_cell(
@@ -152,7 +136,6 @@ def _run(settings: DictConfig, session: Session) -> str:
     session.outcomes.append(outcome)
     if outcome.num_new:
         track_cell(config["tracker"], outcome.path)
-    return str(outcome.path)
 
 
 def _cell(config: dict[str, Any]) -> "Cell":
@@ -160,7 +143,7 @@ def _cell(config: dict[str, Any]) -> "Cell":
     from kvarena.harness.models import ModelSpec
     from kvarena.harness.sampling import Sampling
 
-    for group in ("task", "policy", "model"):
+    for group in ("task", "policy", "codec", "model"):
         if not isinstance(config[group], dict):
             raise UsageError(f"{group} must name a choice: {', '.join(choices(group))}")
     try:
@@ -170,40 +153,34 @@ def _cell(config: dict[str, Any]) -> "Cell":
     return Cell(
         task_settings=config["task"],
         policy_settings=config["policy"],
-        policy_label=_policy_label(config["policy"]),
+        policy_label=_label("policy", config["policy"]),
+        codec_settings=config["codec"],
+        codec_label=_label("codec", config["codec"]),
         model=ModelSpec(**config["model"]),
         budget=config["budget"],
         sampling=sampling,
         question=config["question"],
         seed=config["seed"],
         limit=config["limit"],
+        shard=parse_shard(config["shard"]),
         slots=config["slots"],
         chunk_tokens=config["chunk"],
         attention=config["attention"],
         device=config["device"],
         dtype=config["dtype"],
+        kv_dtype=config["kv_dtype"],
         config=config,
     )
 
 
-def _policy_label(settings: dict[str, Any]) -> str:
+def _label(group: str, settings: dict[str, Any]) -> str:
     """The choice's name, and the options that differ from its yaml: keydiff(anchor=median)."""
     from kvarena.harness.registry import load_choice
 
     name = settings["_target_"].split(".")[-2]
-    defaults = load_choice("policy", name)
+    defaults = load_choice(group, name)
     changed = [f"{key}={value}" for key, value in settings.items() if value != defaults.get(key)]
     return f"{name}({','.join(changed)})" if changed else name
-
-
-def _show(session: Session) -> None:
-    """Tables and pictures of the cells of this command."""
-    from kvarena.harness.report import report
-
-    written = report(session.outcomes, session.results_dir, allow_partial=session.allow_partial)
-    print("\nWritten:")
-    for path in written:
-        print(f"  {path}")
 
 
 def prepare_arguments(arguments: Sequence[str]) -> list[str]:
@@ -230,9 +207,16 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
             continue
         if key in GROUPS:
             _check_choices(override)
+            if key == "launcher":
+                if override.is_sweep_override():
+                    raise UsageError("launcher takes one value, for all jobs of the sweep")
+                check_launcher(override.value(), in_sweep=is_sweep(arguments))
         elif key == "budget":
             for value in _values(override):
                 parse_budget(value)
+        elif key == "shard":
+            for value in _values(override):
+                parse_shard(None if value in ("None", "null") else value)
         prepared.append(argument)
     # argparse takes overrides in one block only: `kvarena budget=64 -m policy=a,b` would fail.
     return sorted(prepared, key=lambda argument: "=" in argument and not argument.startswith("-"))
@@ -240,7 +224,7 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
 
 def _check_key(override: Override) -> None:
     key = override.key_or_group
-    known = [setting.name for setting in fields(RunConfig)] + ["experiment", "hydra"]
+    known = [setting.name for setting in fields(RunConfig)] + ["experiment", "launcher", "hydra"]
     first = key.split("/")[0].split(".")[0]
     if first not in known:
         one_of("setting", first, known)
@@ -261,6 +245,25 @@ def _check_choices(override: Override) -> None:
             one_of(group, name, known)
 
 
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Whether Hydra runs all combinations of comma-separated values."""
+    return any(argument in ("-m", "--multirun") for argument in arguments)
+
+
+def _sweep_dir(arguments: Sequence[str]) -> Path:
+    """A folder of this command's own; absolute, since jobs may start in other folders."""
+    given = [argument for argument in arguments if argument.startswith("results_dir=")]
+    last = given[-1] if given else f"results_dir={RunConfig.results_dir}"
+    (override,) = OverridesParser.create().parse_overrides([last])
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
+    return Path(_values(override)[0]).absolute() / "sweeps" / name
+
+
+def _quoted(value: object) -> str:
+    """As a value that Hydra reads as this text."""
+    return "'" + str(value).replace("'", r"\'") + "'"
+
+
 def _values(override: Override) -> list[str]:
     """The value, or the values of a sweep, as text."""
     if override.is_sweep_override():
@@ -274,16 +277,12 @@ def _is_location(value: Any) -> bool:  # Any: whatever Hydra's parser read
     return "/" in value or Path(value).is_dir()
 
 
-def _is_usage_error(error: Exception) -> bool:
-    return isinstance(error, UsageError | HydraException | OmegaConfBaseException | YAMLError)
-
-
-def _report(error: Exception, results_dir: Path) -> None:
+def _failure(error: Exception, results_dir: Path) -> Failure:
     """One line for bad input and for a full disk, a traceback for anything else."""
+    known = UsageError | HydraException | OmegaConfBaseException | YAMLError
     is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not is_full and not _is_usage_error(error):
-        traceback.print_exception(error)
-        return
+    if not is_full and not isinstance(error, known):
+        return Failure(code=1, text="".join(traceback.format_exception(error)).rstrip())
     messages = [str(error)]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         messages.append(str(error.__cause__))
@@ -291,7 +290,8 @@ def _report(error: Exception, results_dir: Path) -> None:
         folder = results_dir if results_dir.is_dir() else Path.cwd()
         messages.append(f"({shutil.disk_usage(folder).free} bytes free in {folder})")
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    print(f"error: {' '.join(dict.fromkeys(lines))}", file=sys.stderr, flush=True)
+    code = 1 if is_full else 75 if isinstance(error, LockedError) else 2
+    return Failure(code=code, text=f"error: {' '.join(dict.fromkeys(lines))}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from kvarena.harness import models
 from kvarena.harness.answers import Job, settings_of
+from kvarena.harness.byte_budget import fit_cell
 from kvarena.harness.cell import Cell
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import ModelSpec
@@ -41,13 +42,14 @@ class Outcome:
 def run_cell(
     cell: Cell, results_dir: Path, *, fork: bool = False, repair: bool = False, wait: bool = False
 ) -> Outcome:
-    """Run the samples without an "ok" row. The model loads only if there are any.
+    """Run the shard's samples without an "ok" row. The model loads only if there are any.
 
     fork, repair, wait: see open, rows and claimed of CellFolder, which raise UsageError without.
     """
-    folder = CellFolder(results_dir, cell.identity)
+    folder = CellFolder(results_dir, cell.identity, cell.shard)
     tokenizer = models.load_tokenizer(cell.model)
-    samples = cell.samples(tokenizer)
+    all_samples = cell.samples(tokenizer)
+    samples = cell.part(all_samples)
     planned = frozenset(sample.id for sample in samples)
     with folder.claimed(wait=wait):
         rows = folder.rows(repair=repair)
@@ -59,15 +61,13 @@ def run_cell(
         template = tokenizer.chat_template
         template_sha256 = template and hashlib.sha256(template.encode()).hexdigest()
         folder.open(cell.config, fork=fork, chat_template_sha256=template_sha256)
-        folder.begin(len(samples), Counter(str(row.get("status")) for row in rows))
+        counted = [r for r in rows if cell.shard is None or cell.shard.holds(r["sample_id"])]
+        folder.begin(len(all_samples), Counter(str(row.get("status")) for row in counted))
         num_ok = 0
         try:
-            job = Job(
-                cell=cell,
-                model=_load_once(cell.model, cell.device, cell.dtype),
-                tokenizer=tokenizer,
-                cache_dir=results_dir / "cache",
-            )
+            model = _load_once(cell.model, cell.device, cell.dtype)
+            fit_cell(cell, model, all_samples, folder.path)
+            job = Job(cell=cell, model=model, tokenizer=tokenizer, cache_dir=results_dir / "cache")
             for row in _rows_whatever_happens(job, missing):
                 folder.append(row)
                 num_ok += row["status"] == "ok"

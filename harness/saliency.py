@@ -1,6 +1,6 @@
 """How much attention tokens get from a few probe queries, kept while a prompt comes in chunks.
 
-ZipCache (https://arxiv.org/abs/2405.14256, section 4.3) weighs each token by the attention of 5 %
+ZipCache (https://arxiv.org/abs/2405.14256) weighs each token by the attention of 5 %
 newest and 5 % random queries, divided by how many queries could see it. A prompt that comes in
 chunks has no "all queries" at hand, so probes are kept from the start: whether a query is one of
 the random ones depends on its position alone, which makes the choice the same for any chunk size.

@@ -43,7 +43,9 @@ class CellStatus:
 def cell_statuses(results_dir: Path) -> list[CellStatus]:
     """Of all cells below ``results_dir``. Raises UsageError if there are none."""
     cells = results_dir / "runs"
-    paths = {path.parent for path in cells.glob("*/*/*/status.json")} | set(find_cells(results_dir))
+    paths = {path.parent for path in cells.glob("*/*/*/status*.json")} | set(
+        find_cells(results_dir)
+    )
     if not paths:
         raise UsageError(
             f"no cells in {results_dir}: run something first, or add mode=plan to a command to see "
@@ -86,13 +88,12 @@ def _cell_status(path: Path) -> CellStatus:
 
 def _is_locked(path: Path) -> bool:
     """Whether a living process writes the cell: its lock ends with it, whatever killed it."""
-    if not (path / ".lock").exists():
-        return False
-    with (path / ".lock").open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    for lock in path.glob(".lock*"):  # of the cell, and of each of its shards
+        with lock.open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
     return False
 
 

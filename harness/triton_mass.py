@@ -16,11 +16,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Tiles of 64 rows feed Hopper's tensor cores; a tile of products of 16-bit numbers is never less
-# than 16 wide.
-_TILE = 64
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_DIMS = 256
+# Hopper's tensor cores want 64 rows at a time, any of them at least 16. With two stages and float32
+# tiles of half the side, a head dim of 256 still fits the shared memory of cards with 99 KiB.
 _LEAST = 16
+_NUM_STAGES = 2
+
+
+def serves(query: Tensor) -> bool:
+    """Whether the kernels know the data type and head dim of queries [S, H, Q, D]."""
+    return query.dtype in _DTYPES and query.shape[-1] <= _MOST_DIMS
 
 
 def attend_with_mass(
@@ -30,13 +36,11 @@ def attend_with_mass(
 
     Contiguity is needed along D only.
     """
-    output, log_sums = _attend(query, keys, values, scaling)
+    output, log_sums = attend(query, keys, values, scaling)
     return output, column_mass(query, keys, log_sums, scaling)
 
 
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Output [S, H, Q, D] and log-sum-exp [S, H, Q] float32, by torch's FlashAttention if it can.
 
     It cannot in float32, nor on cards before Ampere; there a kernel of this file finds the sums.
@@ -67,112 +71,118 @@ def column_mass(query: Tensor, keys: Tensor, log_sums: Tensor, scaling: float) -
 
     query: [S, H, Q, D]; keys: [S, K, T, D]; log_sums: [S, H, Q] float32 of the masked logits.
     """
-    S, H, Q, D = query.shape
-    K, T = keys.shape[1:3]
-    mass = torch.empty(S, K, T, dtype=torch.float32, device=query.device)
-    log_sums = log_sums.contiguous()
+    mass = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    S, K, T = mass.shape
+    options = _options(query, keys)
+    grid = (triton.cdiv(T, options["BLOCK_T"]), S * K)
     with torch.cuda.device_of(query):
-        _column_mass[(triton.cdiv(T, _TILE), S * K)](
-            query,
-            keys,
-            log_sums,
-            mass,
-            scaling,
-            Q,
-            T,
-            H // K * Q,
-            *query.stride()[:3],
-            *keys.stride()[:3],
-            K=K,
-            D=D,
-            **_tiles(H // K * Q, D),
-        )
+        _column_mass[grid](query, keys, log_sums.contiguous(), mass, scaling, **options)
     return mass
 
 
 def log_sum_exp(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """Log-sum-exp [S, H, Q] float32 of each query's masked logits; shapes as ``column_mass``."""
-    S, H, Q, D = query.shape
-    K, T = keys.shape[1:3]
-    sums = torch.empty(S, H, Q, dtype=torch.float32, device=query.device)
-    tiles = _tiles(H // K * Q, D)
+    sums = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    options = _options(query, keys)
+    grid = (triton.cdiv(options["num_rows"], options["BLOCK_R"]), keys.shape[0] * keys.shape[1])
     with torch.cuda.device_of(query):
-        _log_sum_exp[(triton.cdiv(H // K * Q, tiles["BLOCK_R"]), S * K)](
-            query,
-            keys,
-            sums,
-            scaling,
-            Q,
-            T,
-            H // K * Q,
-            *query.stride()[:3],
-            *keys.stride()[:3],
-            K=K,
-            D=D,
-            **tiles,
-        )
+        _log_sum_exp[grid](query, keys, sums, scaling, **options)
     return sums
 
 
-def _tiles(num_rows: int, head_dim: int) -> dict[str, int]:
+def _options(query: Tensor, keys: Tensor) -> dict[str, int]:
+    """What both kernels are told of their tensors' shapes and strides."""
+    H, Q, D = query.shape[1:]
+    K, T = keys.shape[1:3]
+    assert query.dtype == keys.dtype, f"queries in {query.dtype}, keys in {keys.dtype}"
+    assert query.stride(-1) == keys.stride(-1) == 1, "queries and keys must be contiguous along D"
+    num_rows = H // K * Q
+    tile = 64 if query.itemsize == 2 else 32
     return {
-        "BLOCK_R": _LEAST if num_rows <= _LEAST else _TILE,
-        "BLOCK_T": _TILE,
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), _LEAST),
+        "num_queries": Q,
+        "num_places": T,
+        "num_rows": num_rows,
+        "query_sequence": query.stride(0),
+        "query_head": query.stride(1),
+        "query_token": query.stride(2),
+        "key_sequence": keys.stride(0),
+        "key_head": keys.stride(1),
+        "key_token": keys.stride(2),
+        "K": K,
+        "D": D,
+        "BLOCK_R": _LEAST if num_rows <= _LEAST else tile,
+        "BLOCK_T": tile,
+        "BLOCK_D": max(triton.next_power_of_2(D), _LEAST),
+        "num_stages": _NUM_STAGES,
     }
 
 
 @triton.jit
-def _logits(
-    query: Tensor,
-    keys: Tensor,
-    rows: Tensor,
-    places: Tensor,
-    scaling: float,
-    Q: int,
-    T: int,
-    num_rows: int,
-    query_head: int,
-    query_token: int,
-    key_token: int,
+def _queries(
+    query: tl.tensor,
+    rows: tl.tensor,
+    num_queries: tl.tensor,
+    num_rows: tl.tensor,
+    query_head: tl.tensor,
+    query_token: tl.tensor,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-) -> Tensor:
-    """Masked logits [R, T'] of one KV head's rows and places, -inf where a row sees nothing."""
+) -> tl.tensor:
+    """[rows, D] of one KV head's group, 0 beyond what there is."""
     dims = tl.arange(0, BLOCK_D)
-    from_query = (rows // Q) * query_head + (rows % Q) * query_token
-    asked = tl.load(
-        query + from_query[:, None] + dims[None, :],
-        mask=(rows < num_rows)[:, None] & (dims < D)[None, :],
-        other=0.0,
-    )
-    held = tl.load(
-        keys + places[None, :] * key_token + dims[:, None],
-        mask=(places < T)[None, :] & (dims < D)[:, None],
-        other=0.0,
-    )
+    starts = (rows // num_queries) * query_head + (rows % num_queries) * query_token
+    inside = (rows < num_rows)[:, None] & (dims < D)[None, :]
+    return tl.load(query + starts[:, None] + dims[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _keys(
+    keys: tl.tensor,
+    places: tl.tensor,
+    num_places: tl.tensor,
+    key_token: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:
+    """[D, places] of one KV head, 0 beyond what there is."""
+    dims = tl.arange(0, BLOCK_D)
+    inside = (places < num_places)[None, :] & (dims < D)[:, None]
+    return tl.load(keys + places[None, :] * key_token + dims[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def _logits(
+    queries: tl.tensor,
+    keys: tl.tensor,
+    rows: tl.tensor,
+    places: tl.tensor,
+    scaling: tl.tensor,
+    num_queries: tl.tensor,
+    num_places: tl.tensor,
+) -> tl.tensor:
+    """[rows, places], -inf where a row may not look: beyond its own place."""
     # Without "ieee", float32 products would be rounded to tf32's 10 bits on the tensor cores.
-    logits = tl.dot(asked, held, input_precision="ieee") * scaling
-    seen = places[None, :] <= (T - Q + rows % Q)[:, None]
-    return tl.where(seen & (rows < num_rows)[:, None], logits, float("-inf"))
+    logits = tl.dot(queries, keys, input_precision="ieee") * scaling
+    own = num_places - num_queries + rows % num_queries
+    return tl.where(places[None, :] <= own[:, None], logits, float("-inf"))
 
 
 @triton.jit
 def _column_mass(
-    query: Tensor,
-    keys: Tensor,
-    log_sums: Tensor,
-    mass: Tensor,
-    scaling: float,
-    Q: int,
-    T: int,
-    num_rows: int,
-    query_sequence: int,
-    query_head: int,
-    query_token: int,
-    key_sequence: int,
-    key_head: int,
-    key_token: int,
+    query: tl.tensor,
+    keys: tl.tensor,
+    log_sums: tl.tensor,
+    mass: tl.tensor,
+    scaling: tl.tensor,
+    num_queries: tl.tensor,
+    num_places: tl.tensor,
+    num_rows: tl.tensor,
+    query_sequence: tl.tensor,
+    query_head: tl.tensor,
+    query_token: tl.tensor,
+    key_sequence: tl.tensor,
+    key_head: tl.tensor,
+    key_token: tl.tensor,
     K: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -180,51 +190,40 @@ def _column_mass(
     BLOCK_D: tl.constexpr,
 ) -> None:
     """One program: a tile of places of one KV head, over all its rows."""
-    pair = tl.program_id(1).to(tl.int64)  # caches pass 2^31 elements
+    pair = tl.program_id(1).to(tl.int64)  # a cache may have more than 2^31 elements
     sequence, head = pair // K, pair % K
-    places = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    # H * Q rows of log-sum-exps per sequence are G * Q per KV head, in the order of the rows.
-    log_sums += pair * num_rows
-    query += sequence * query_sequence + head * (num_rows // Q) * query_head
+    query += sequence * query_sequence + head * (num_rows // num_queries) * query_head
     keys += sequence * key_sequence + head * key_head
+    places = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    held = _keys(keys, places, num_places, key_token, D, BLOCK_D)
     total = tl.zeros([BLOCK_T], dtype=tl.float32)
     for first in range(0, num_rows, BLOCK_R):
         rows = first + tl.arange(0, BLOCK_R)
-        logits = _logits(
-            query,
-            keys,
-            rows,
-            places,
-            scaling,
-            Q,
-            T,
-            num_rows,
-            query_head,
-            query_token,
-            key_token,
-            D,
-            BLOCK_D,
+        asked = _queries(query, rows, num_queries, num_rows, query_head, query_token, D, BLOCK_D)
+        logits = _logits(asked, held, rows, places, scaling, num_queries, num_places)
+        # exp(logit - inf) = 0: rows beyond the last give nothing.
+        log_sum = tl.load(
+            log_sums + pair * num_rows + rows, mask=rows < num_rows, other=float("inf")
         )
-        log_sum = tl.load(log_sums + rows, mask=rows < num_rows, other=0.0)
         total += tl.sum(tl.exp(logits - log_sum[:, None]), axis=0)
-    tl.store(mass + pair * T + places, total, mask=places < T)
+    tl.store(mass + pair * num_places + places, total, mask=places < num_places)
 
 
 @triton.jit
 def _log_sum_exp(
-    query: Tensor,
-    keys: Tensor,
-    sums: Tensor,
-    scaling: float,
-    Q: int,
-    T: int,
-    num_rows: int,
-    query_sequence: int,
-    query_head: int,
-    query_token: int,
-    key_sequence: int,
-    key_head: int,
-    key_token: int,
+    query: tl.tensor,
+    keys: tl.tensor,
+    sums: tl.tensor,
+    scaling: tl.tensor,
+    num_queries: tl.tensor,
+    num_places: tl.tensor,
+    num_rows: tl.tensor,
+    query_sequence: tl.tensor,
+    query_head: tl.tensor,
+    query_token: tl.tensor,
+    key_sequence: tl.tensor,
+    key_head: tl.tensor,
+    key_token: tl.tensor,
     K: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -234,27 +233,17 @@ def _log_sum_exp(
     """One program: a tile of one KV head's rows, over all places; a running maximum and sum."""
     pair = tl.program_id(1).to(tl.int64)
     sequence, head = pair // K, pair % K
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    query += sequence * query_sequence + head * (num_rows // Q) * query_head
+    query += sequence * query_sequence + head * (num_rows // num_queries) * query_head
     keys += sequence * key_sequence + head * key_head
-    largest = tl.full([BLOCK_R], -1e38, dtype=tl.float32)  # finite: -inf - -inf is no number
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    asked = _queries(query, rows, num_queries, num_rows, query_head, query_token, D, BLOCK_D)
+    # Every row sees place 0, so the first tile makes the maximum finite.
+    largest = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_R], dtype=tl.float32)
-    for first in range(0, T, BLOCK_T):
-        logits = _logits(
-            query,
-            keys,
-            rows,
-            first + tl.arange(0, BLOCK_T),
-            scaling,
-            Q,
-            T,
-            num_rows,
-            query_head,
-            query_token,
-            key_token,
-            D,
-            BLOCK_D,
-        )
+    for first in range(0, num_places, BLOCK_T):
+        places = first + tl.arange(0, BLOCK_T)
+        held = _keys(keys, places, num_places, key_token, D, BLOCK_D)
+        logits = _logits(asked, held, rows, places, scaling, num_queries, num_places)
         higher = tl.maximum(largest, tl.max(logits, axis=1))
         total = total * tl.exp(largest - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
         largest = higher

@@ -11,7 +11,7 @@ from typing import Any
 from kvarena.harness.results import flat
 from kvarena.tasks.base import content_id
 
-_OWN_COLUMNS = ("policy.", "budget.", "content.policy")
+_OWN_COLUMNS = ("policy.", "codec.", "budget.", "content.policy", "content.codec")
 _REPEATS = ("seed",)  # several seeds of a cell are repeats of it
 _LONGEST_VALUE = 24
 
@@ -35,10 +35,10 @@ def variants(identities: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def policy_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The policy's name, and a hash where one name stands for several codes or default options."""
-    names = [str(identity["policy"]["name"]) for identity in identities]
+    """Policy and codec, and a hash where one name stands for several codes or default options."""
+    names = [_method(identity) for identity in identities]
     versions = [
-        content_id(identity["policy"], identity.get("content", {}).get("policy"))[:4]
+        content_id(*[part for kind in ("policy", "codec") for part in _definition(identity, kind)])
         for identity in identities
     ]
     several = {
@@ -47,9 +47,20 @@ def policy_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
         if len({version for own, version in zip(names, versions, strict=True) if own == name}) > 1
     }
     return [
-        f"{name}@{version}" if name in several else name
+        f"{name}@{version[:4]}" if name in several else name
         for name, version in zip(names, versions, strict=True)
     ]
+
+
+def _method(identity: Mapping[str, Any]) -> str:
+    """The policy's name, and the codec's if there is one."""
+    policy, codec = identity["policy"]["name"], identity.get("codec", {}).get("name", "none")
+    return str(policy) if codec == "none" else f"{policy}+{codec}"
+
+
+def _definition(identity: Mapping[str, Any], kind: str) -> list[Any]:  # Any: JSON values
+    """What a policy or codec is: its options and the hash of its code."""
+    return [identity.get(kind), identity.get("content", {}).get(kind)]
 
 
 def _varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -16,6 +16,10 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+# Ranks are counted while the text is at most so many times the cached tokens: the workspace is then
+# 5 * 16 bytes per cached token of one layer, where its keys and values take some 512.
+_COUNT_UP_TO = 16
+
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Scores of half-precision keys are computed in float32; float64 stays float64."""
@@ -68,6 +72,7 @@ class LayerView:
     attention_mass: Tensor | None = None  # [S, K, T] summed over this pass's queries and the group
     new: NewTokens | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # [S, K, T] float32, writable
+    text_tokens: int | None = None  # of the longest text so far; above all positions
 
     @property
     def keys(self) -> Tensor:
@@ -78,6 +83,22 @@ class LayerView:
     def values(self) -> Tensor:
         """Values [S, K, T, D] in float32 (float64 for a float64 model)."""
         return at_least_float32(self.stored_values)
+
+    @property
+    def text_ranks(self) -> Tensor:
+        """Rank of each token among the cached ones of its head by position, [S, K, T] int64."""
+        S, K, T = self.positions.shape
+        # On CUDA sorting is fast, and its work does not change from step to step (cuda_graphs.py).
+        on_cuda = self.positions.is_cuda
+        if on_cuda or self.text_tokens is None or self.text_tokens > _COUNT_UP_TO * T:
+            order = self.positions.argsort(dim=-1)
+            return order.argsort(dim=-1)
+        # Counting takes a tenth of the time of sorting on a CPU, and memory by the text's length.
+        is_cached = torch.zeros(
+            (S, K, self.text_tokens), dtype=torch.uint8, device=self.positions.device
+        ).scatter_(-1, self.positions, 1)
+        num_up_to = is_cached.cumsum(-1, dtype=torch.int32)
+        return num_up_to.gather(-1, self.positions).long() - 1
 
 
 @dataclass(kw_only=True)
@@ -92,6 +113,8 @@ class Policy(ABC):
     columns: ClassVar[tuple[str, ...]] = ()
     # False only for a policy that keeps everything, whatever the budget says.
     evicts: ClassVar[bool] = True
+    # Options that name a file whose content decides the scores: it is part of a cell's identity.
+    file_options: ClassVar[tuple[str, ...]] = ()
 
     sinks: int = 0
     recent: int = 0

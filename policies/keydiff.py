@@ -17,6 +17,8 @@ from torch import Tensor
 
 from kvarena.policies.base import LayerView, Policy
 
+_SMALLEST_NORM = 1e-8  # a key of zeros is like no other: its score is 0, not NaN
+
 
 @dataclass(kw_only=True)
 class KeyDiff(Policy):
@@ -38,12 +40,15 @@ class KeyDiff(Policy):
         if self.anchor == "pairwise":
             directions = F.normalize(keys, dim=-1)
             return -(directions @ directions.transpose(-1, -2)).mean(dim=-1)
-        return -F.cosine_similarity(keys, self._anchor(keys), dim=-1)
+        # No step writes anything the size of the keys, as F.cosine_similarity would three times.
+        norms = keys.norm(dim=-1).clamp_min(_SMALLEST_NORM)  # [S, K, T]
+        anchor = F.normalize(self._anchor(keys, norms), dim=-1)
+        return -(anchor @ keys.transpose(-1, -2)).squeeze(-2) / norms
 
-    def _anchor(self, keys: Tensor) -> Tensor:
+    def _anchor(self, keys: Tensor, norms: Tensor) -> Tensor:
         """[S, K, 1, D]: the key that the others are compared with."""
         if self.anchor == "median":
             return keys.median(dim=-2, keepdim=True).values
         if self.anchor == "normalised":
-            keys = F.normalize(keys, dim=-1)
+            return norms.reciprocal().unsqueeze(-2) @ keys / keys.shape[-2]
         return keys.mean(dim=-2, keepdim=True)

@@ -47,9 +47,9 @@ class SnapKV(Policy):
         assert view.attention is not None, "the engine hands over what needs asks for"
         S, K, T = view.positions.shape
         votes = view.attention.sum(dim=-2).view(S, K, -1, T).mean(dim=2)  # [S, K, T]
-        order = view.positions.argsort(dim=-1)
-        votes = votes.gather(-1, order)
+        ranks = view.text_ranks
+        votes = torch.empty_like(votes).scatter_(-1, ranks, votes)  # in the order of the text
         votes[..., -self.window :] = 0  # the window is kept anyway and must not lift its neighbours
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
         pooled = pool(votes, self.kernel, stride=1, padding=self.kernel // 2)
-        return torch.empty_like(pooled).scatter_(-1, order, pooled)
+        return pooled.gather(-1, ranks)

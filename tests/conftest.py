@@ -1,12 +1,15 @@
 """Settings for all tests: offline, and one thread, which is fastest for tiny models."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by transformers
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +29,12 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
     monkeypatch.setattr(Figure, "savefig", spy)
     return saved
+
+
+@pytest.fixture
+def toy_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random retaining heads where the trained ones would lie: now every policy can be built."""
+    from toys import save_random_heads  # imports transformers, which reads HF_HUB_OFFLINE then
+
+    save_random_heads(tmp_path / "results" / "locret" / "smollm2-135m.safetensors")
+    monkeypatch.chdir(tmp_path)

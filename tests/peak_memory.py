@@ -1,6 +1,7 @@
 """Run as a script: peak resident memory of one generation over the loaded model, in bytes, as JSON.
 
-A process of its own per policy, so that no earlier allocation can hide a later one. Linux only.
+The arguments name a policy and a codec. A process of its own for each, so that no earlier
+allocation can hide a later one. Linux only.
 """
 
 import ctypes
@@ -26,6 +27,7 @@ def main() -> None:
     engine = Engine(
         model,
         build(load_choice("policy", sys.argv[1])),
+        codec=build(load_choice("codec", sys.argv[2])),
         budget_tokens=512,
         chunk_tokens=128,
         slots=1,
@@ -44,6 +46,10 @@ def main() -> None:
         json.dumps(
             {
                 "over_model_bytes": resident_bytes("VmHWM") - before,
+                # What stays between passes: nothing of a layer's workspace.
+                "held_bytes": resident_bytes("VmRSS") - before,
+                "kv_bytes_kept": generation.kv_bytes_kept,
+                "kv_bytes_peak": generation.kv_bytes_peak,
                 "prompt_tokens": generation.prompt_tokens,
                 "capacities": sorted({layer.keys.shape[2] for layer in engine.layers}),
             }

@@ -71,6 +71,16 @@ def test_protected_tokens_never_lose_a_tie(num_kept: int) -> None:
     assert {0, 1} <= set(cache.positions[0, 0, :num_kept].tolist())
 
 
+@pytest.mark.parametrize("num_evicted", [1, 3])
+def test_the_oldest_loses_a_tie_wherever_it_is_stored(num_evicted: int) -> None:
+    cache = filled(10)
+    cache.evict(slice(0, 2), torch.arange(10.0).expand(2, K, 10), 8)
+    assert cache.positions[0, 0, :2].tolist() == [8, 9]  # the newest now stand first
+    cache.evict(slice(0, 2), torch.zeros(2, K, 8), 8 - num_evicted)
+    kept = cache.positions[:, :, : 8 - num_evicted].sort(dim=-1).values
+    assert torch.equal(kept, torch.arange(2 + num_evicted, 10).expand_as(kept).int())
+
+
 def test_negative_zero_ties_with_zero() -> None:
     cache = filled(3)
     cache.evict(slice(0, 2), torch.tensor([0.0, -0.0, 0.0]).expand(2, K, 3), 2)

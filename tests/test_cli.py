@@ -437,7 +437,7 @@ def test_the_full_cache_under_two_budgets_is_one_cell(kvarena: Command, results:
     assert len(pd.read_csv(results / "tables" / "needle.csv")) == 2
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures", "toy_heads")
 def test_a_glob_sweeps_every_policy(kvarena: Command, results: Path) -> None:
     assert kvarena("-m", "policy=glob(*)", "limit=1").code == 0
     policies = {row["policy"] for rows in rows_of(results).values() for row in rows}

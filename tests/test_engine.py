@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kvarena.harness.attention import KERNELS
 from kvarena.harness.cache import LayerCache
 from kvarena.harness.engine import Engine
 from kvarena.harness.errors import UsageError
@@ -17,6 +18,9 @@ from toys import VOCAB, toy_model, toy_prompt
 
 POLICIES = choices("policy")
 EVICTING = [name for name in POLICIES if name != "full"]
+
+# Every policy is built here, and one of them reads trained heads.
+pytestmark = pytest.mark.usefixtures("toy_heads")
 
 
 def policy_named(name: str) -> object:
@@ -105,6 +109,45 @@ def test_slots_refill_and_results_come_in_prompt_order() -> None:
     assert sum(passes) == sum(map(len, prompts)) + sum(lengths) - len(lengths)
     as_completed = engine.generate(prompts, max_new_tokens=lengths, as_completed=True)
     assert next(as_completed).index == 1
+
+
+def test_no_slot_idles_while_prompts_wait_and_memory_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(toy_model(), KeyDiff(), budget_tokens=32, chunk_tokens=16, slots=3)
+    prompts = [toy_prompt(length, seed=length) for length in (80, 5, 40, 20, 60, 7, 33, 90)]
+    num_finished, allocated = 0, set()
+    step = Engine._step
+
+    def spy(engine: Engine, slots: list, *rest: object) -> int:
+        num_left = len(prompts) - num_finished
+        assert sum(occupant is not None for occupant in slots) == min(3, num_left)
+        num_tokens = step(engine, slots, *rest)
+        allocated.add(engine.kv_bytes_allocated)
+        return num_tokens
+
+    monkeypatch.setattr(Engine, "_step", spy)
+    lengths = [30, 2, 9, 1, 17, 5, 1, 3]
+    for _ in engine.generate(prompts, max_new_tokens=lengths, as_completed=True):
+        num_finished += 1
+    assert num_finished == len(prompts)
+    assert len(allocated) == 1
+
+
+@pytest.mark.parametrize("name", ["snapkv", "tova"])
+def test_a_decoded_token_is_attended_once_by_a_policy_that_asks_for_the_weights(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_queries: list[int] = []
+
+    def kernel(query: torch.Tensor, *rest: object) -> torch.Tensor:
+        num_queries.append(query.shape[2])
+        return KERNELS["sdpa"](query, *rest)
+
+    engine = Engine(toy_model(), policy_named(name), budget_tokens=64, chunk_tokens=48)
+    monkeypatch.setattr(engine, "_kernel", kernel)
+    list(engine.generate([toy_prompt(144)], max_new_tokens=10))
+    assert set(num_queries) == {48}
 
 
 def test_stop_tokens_end_a_sequence_and_are_kept() -> None:

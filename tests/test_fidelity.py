@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvarena.codecs.none import NoCodec
 from kvarena.harness import run_cell as cell_runs
 from kvarena.harness.cell import Cell
 from kvarena.harness.engine import Engine
@@ -83,6 +84,8 @@ def forced(
     cell = SimpleNamespace(
         task=task or ToyForced(),
         policy=policy,
+        codec=NoCodec(),
+        torch_kv_dtype=None,
         label="toy",
         slots=3,
         chunk_tokens=chunk,
@@ -454,6 +457,8 @@ def toy_cell(files: tuple[Path, Path], policy: str = "keydiff", **changes: Any) 
         "task_settings": {**task, **changes.pop("task", {})},
         "policy_settings": load_choice("policy", policy),
         "policy_label": policy,
+        "codec_settings": load_choice("codec", "none"),
+        "codec_label": "none",
         "model": ModelSpec(name="toy", source=str(files[0])),
         "budget": 64,
         "sampling": Sampling(),
@@ -465,6 +470,7 @@ def toy_cell(files: tuple[Path, Path], policy: str = "keydiff", **changes: Any) 
         "attention": "sdpa",
         "device": "cpu",
         "dtype": "auto",
+        "kv_dtype": "model",
         "config": {},
     }
     return Cell(**{**settings, **changes})

@@ -5,15 +5,12 @@ from pathlib import Path
 import pytest
 
 from kvarena.harness import models
-from kvarena.harness.cell import Cell
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models import ModelSpec
-from kvarena.harness.plan import bytes_per_token, plan_cell, print_plans
-from kvarena.harness.registry import load_choice
+from kvarena.harness.kv_bytes import bytes_per_token
+from kvarena.harness.plan import plan_cell, print_plans
 from kvarena.harness.run_cell import run_cell
-from kvarena.harness.sampling import Sampling
 from kvarena.harness.status import cell_statuses
-from toy_folder import save_haystack, save_model_folder
+from toy_folder import save_haystack, save_model_folder, toy_cell
 
 
 @pytest.fixture(scope="module")
@@ -22,32 +19,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model_folder(folder / "toy")
     save_haystack(folder / "hay")
     return folder
-
-
-def toy_cell(folder: Path, limit: int | None = None) -> Cell:
-    task = load_choice("task", "needle") | {
-        "haystack": str(folder / "hay"),
-        "lengths": [300, 400],
-        "depths": [50],
-        "max_new_tokens": 6,
-    }
-    return Cell(
-        task_settings=task,
-        policy_settings=load_choice("policy", "keydiff"),
-        policy_label="keydiff",
-        model=ModelSpec(name="toy", source=str(folder / "toy")),
-        budget="64",
-        sampling=Sampling(),
-        question="inside",
-        seed=0,
-        limit=limit,
-        slots=2,
-        chunk_tokens=32,
-        attention="sdpa",
-        device="cpu",
-        dtype="float32",
-        config={},
-    )
 
 
 def test_a_plan_counts_samples_tokens_and_bytes_and_loads_no_model(

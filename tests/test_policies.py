@@ -5,7 +5,7 @@ import torch
 
 from kvarena.harness.engine import Engine
 from kvarena.harness.registry import build, choices, load_choice
-from kvarena.policies.base import LayerView, Needs, Policy
+from kvarena.policies.base import LayerView, Needs, NewTokens, Policy
 from kvarena.policies.h2o import H2O
 from kvarena.policies.keydiff import KeyDiff
 from kvarena.policies.l2norm import L2Norm
@@ -14,8 +14,11 @@ from kvarena.policies.streaming_llm import StreamingLLM
 from kvarena.policies.tova import TOVA
 from toys import toy_model, toy_prompt
 
-S, K, G, T, D = 2, 3, 2, 40, 8
+S, K, G, T, D = 3, 2, 2, 40, 16  # heads as in the toy models
 POLICIES = choices("policy")
+
+# Every policy is built here, and one of them reads trained heads.
+pytestmark = pytest.mark.usefixtures("toy_heads")
 
 
 def view_of(policy: Policy, seed: int = 0, layer: int = 5) -> LayerView:
@@ -31,6 +34,11 @@ def view_of(policy: Policy, seed: int = 0, layer: int = 5) -> LayerView:
         positions=order.view(S, K, T),
         attention=attention if rows else None,
         attention_mass=torch.rand(S, K, T, generator=generator),
+        new=NewTokens(
+            queries=torch.randn(S, K * G, T, D, generator=generator),
+            keys=torch.randn(S, K, T, D, generator=generator),
+            values=torch.randn(S, K, T, D, generator=generator),
+        ),
         columns={name: torch.zeros(S, K, T) for name in policy.columns},
     )
 
@@ -44,6 +52,11 @@ def permuted(view: LayerView, order: torch.Tensor) -> LayerView:
         positions=view.positions[:, :, order],
         attention=None if view.attention is None else view.attention[..., order],
         attention_mass=None if view.attention_mass is None else view.attention_mass[..., order],
+        new=NewTokens(
+            queries=view.new.queries[:, :, order],
+            keys=view.new.keys[:, :, order],
+            values=view.new.values[:, :, order],
+        ),
         columns={name: column[..., order].clone() for name, column in view.columns.items()},
     )
 
@@ -83,6 +96,11 @@ def test_a_sequence_is_scored_as_if_alone(name: str) -> None:
             positions=view.positions[i : i + 1],
             attention=None if view.attention is None else view.attention[i : i + 1],
             attention_mass=None if view.attention_mass is None else view.attention_mass[i : i + 1],
+            new=NewTokens(
+                queries=view.new.queries[i : i + 1],
+                keys=view.new.keys[i : i + 1],
+                values=view.new.values[i : i + 1],
+            ),
             columns={name: torch.zeros(1, K, T) for name in policy.columns},
         )
         torch.testing.assert_close(policy.score(alone)[0], together[i])

@@ -17,9 +17,18 @@ from kvarena.policies.full import Full
 from kvarena.tasks.base import Tokenizer
 from kvarena.tasks.needle import Needle
 from oracle import rank_shifts, replay, seen_by_each_query
+from toys import save_random_heads
 
 pytestmark = pytest.mark.slow
 EVICTING = [name for name in choices("policy") if name != "full"]
+
+
+@pytest.fixture(autouse=True)
+def _untrained_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the policy that reads trained ones, so that no test needs a training run."""
+    path = tmp_path / "results" / "locret" / "smollm2-135m.safetensors"
+    save_random_heads(path, num_heads=9, num_kv_heads=3, head_dim=64, num_layers=30)
+    monkeypatch.chdir(tmp_path)
 
 
 @cache
@@ -98,10 +107,25 @@ def test_the_text_is_the_same_alone_and_among_eight(name: str) -> None:
 def test_resident_memory_stays_small_on_a_long_prompt(name: str) -> None:
     script = Path(__file__).with_name("peak_memory.py")
     output = subprocess.run(
-        [sys.executable, str(script), name], capture_output=True, text=True, check=True
+        [sys.executable, str(script), name, "none"], capture_output=True, text=True, check=True
     )
     measured = json.loads(output.stdout.splitlines()[-1])
     assert measured["prompt_tokens"] > 3900
     assert measured["capacities"] == [512 + 128]
     limit_mb = 60 if name == "keydiff" else 150
     assert measured["over_model_bytes"] < limit_mb * 1e6, measured
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_codec_takes_less_than_half_the_resident_memory_of_the_full_cache() -> None:
+    measured = {}
+    for codec in ("none", "kvcomp"):
+        script = Path(__file__).with_name("peak_memory.py")
+        output = subprocess.run(
+            [sys.executable, str(script), "full", codec], capture_output=True, text=True, check=True
+        )
+        measured[codec] = json.loads(output.stdout.splitlines()[-1])
+    full_bytes = measured["none"]["kv_bytes_kept"]
+    assert measured["none"]["over_model_bytes"] > 0.95 * full_bytes
+    assert measured["kvcomp"]["over_model_bytes"] < 0.45 * full_bytes, measured
+    assert measured["kvcomp"]["kv_bytes_peak"] < measured["kvcomp"]["over_model_bytes"]

@@ -11,21 +11,37 @@ from pathlib import Path
 
 import pytest
 
+import kvarena.codecs
 import kvarena.conf
 import kvarena.harness
 import kvarena.policies
 import kvarena.tasks
+from kvarena.codecs.base import Codec
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import build, choices, load_choice, main, one_of, unknown
 from kvarena.policies.base import Policy
 from kvarena.tasks.base import Task
 
-HARNESS, POLICIES, TASKS, CONF = (
+HARNESS, POLICIES, CODECS, TASKS, CONF = (
     Path(package.__path__[0])
-    for package in (kvarena.harness, kvarena.policies, kvarena.tasks, kvarena.conf)
+    for package in (
+        kvarena.harness,
+        kvarena.policies,
+        kvarena.codecs,
+        kvarena.tasks,
+        kvarena.conf,
+    )
 )
 POLICY_FILES = sorted(set(POLICIES.glob("*.py")) - {POLICIES / "base.py", POLICIES / "__init__.py"})
-CHOICES = [(group, name) for group in ("policy", "task") for name in choices(group)]
+CODEC_FILES = sorted(CODECS / f"{name}.py" for name in choices("codec"))
+CHOICES = [(group, name) for group in ("policy", "codec", "task") for name in choices(group)]
+# It leaves every token exact, so its class has options that mean nothing.
+CHOICES.remove(("codec", "none"))
+# What trains a policy's weights is of no use to any other policy, and may name it and its rivals.
+TRAINERS = {"locret_data.py", "locret_heads.py", "locret_overlap.py", "train_locret.py"}
+
+# Every policy is built here, and one of them reads trained heads.
+pytestmark = pytest.mark.usefixtures("toy_heads")
 
 
 def file_id(path: Path) -> str:
@@ -90,13 +106,23 @@ def test_every_policy_file_has_its_yaml_and_the_other_way_round() -> None:
     assert choices("policy") == [path.stem for path in POLICY_FILES]
 
 
+def test_every_codec_file_has_its_yaml_and_the_other_way_round() -> None:
+    others = {"__init__", "base", "bits"}  # bits.py packs for all of them
+    assert {path.stem for path in CODECS.glob("*.py")} - others == set(choices("codec"))
+
+
 def test_every_task_file_has_its_yaml_and_the_other_way_round() -> None:
     assert choices("task") == task_modules()
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_the_yaml_names_a_class_in_the_file_of_its_name(group: str, name: str) -> None:
-    folder, base = {"policy": ("policies", Policy), "task": ("tasks", Task)}[group]
+    kinds = {
+        "policy": ("policies", Policy),
+        "codec": ("codecs", Codec),
+        "task": ("tasks", Task),
+    }
+    folder, base = kinds[group]
     target = load_choice(group, name)["_target_"]
     assert target.rpartition(".")[0] == f"kvarena.{folder}.{name}"
     assert issubclass(class_of(group, name), base)
@@ -193,7 +219,7 @@ def test_the_list_shows_every_choice_with_what_it_is(capsys: pytest.CaptureFixtu
     main()
     lines = capsys.readouterr().out.splitlines()
     listed = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("  ")}
-    names = [name for group in ("policy", "task", "model") for name in choices(group)]
+    names = [name for group in ("policy", "codec", "task", "model") for name in choices(group)]
     assert list(listed) == names
     assert all(listed.values())
 
@@ -216,13 +242,28 @@ def test_lines_of_code_are_counted_without_blanks_comments_and_docstrings() -> N
 def test_a_policy_imports_torch_the_standard_library_and_its_base(path: Path) -> None:
     for name in imports_of(path):
         top = name.partition(".")[0]
-        assert name == "kvarena.policies.base" or top == "torch" or top in sys.stdlib_module_names
+        # safetensors reads trained weights into torch's tensors.
+        is_library = top in ("torch", "safetensors") or top in sys.stdlib_module_names
+        assert name == "kvarena.policies.base" or is_library
 
 
-@pytest.mark.parametrize("path", POLICY_FILES, ids=file_id)
-def test_a_policy_names_its_paper_and_what_differs(path: Path) -> None:
+@pytest.mark.parametrize("path", CODEC_FILES, ids=file_id)
+def test_a_codec_imports_torch_and_its_base_only(path: Path) -> None:
+    for name in imports_of(path):
+        top = name.partition(".")[0]
+        is_library = top == "torch" or top in sys.stdlib_module_names
+        assert name in ("kvarena.codecs.base", "kvarena.codecs.bits") or is_library
+
+
+@pytest.mark.parametrize("path", CODEC_FILES, ids=file_id)
+def test_a_codec_has_at_most_160_lines_of_code(path: Path) -> None:
+    assert num_code_lines(path.read_text(encoding="utf-8")) <= 160
+
+
+@pytest.mark.parametrize("path", [*POLICY_FILES, *CODEC_FILES], ids=file_id)
+def test_a_policy_or_codec_names_its_paper_and_what_differs(path: Path) -> None:
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    assert "https://" in text
+    assert "https://" in text or path == CODECS / "none.py"
     assert "Differs from the paper: " in text.replace("\n", " ")
 
 
@@ -238,7 +279,9 @@ def test_only_the_command_imports_hydra(path: Path) -> None:
     assert not tops & {"harness", "policies", "tasks", "conf"}, "import it as kvarena.<folder>"
 
 
-@pytest.mark.parametrize("path", sorted(HARNESS.glob("*.py")), ids=file_id)
+@pytest.mark.parametrize(
+    "path", sorted(p for p in HARNESS.glob("*.py") if p.name not in TRAINERS), ids=file_id
+)
 def test_the_harness_knows_no_policy_by_type_or_name(path: Path) -> None:
     classes = {class_of("policy", name).__name__ for name in choices("policy")}
     # "full" is also a budget, and pictures give policies colours that do not depend on the run.

@@ -12,6 +12,9 @@ from toys import ARCHITECTURES, kernel_for, toy_model, toy_prompt
 BUDGET, CHUNK, NEW_TOKENS = 64, 24, 72
 PROMPT_LENGTHS = (200, 151, 97)
 
+# Every policy is built here, and one of them reads trained heads.
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 
 def generate(
     architecture: str, policy_name: str, budget: int = BUDGET

@@ -1,10 +1,15 @@
 """What the command line needs to run offline in a second: a model folder and a haystack."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kvarena.harness.cell import Cell
+from kvarena.harness.models import ModelSpec
+from kvarena.harness.registry import load_choice
+from kvarena.harness.sampling import Sampling
 from toys import toy_model
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -47,3 +52,29 @@ def toy_overrides(folder: Path) -> list[str]:
         "task.max_new_tokens=6",
         "budget=64",
     ]
+
+
+def toy_cell(folder: Path, policy: str = "keydiff", codec: str = "none", **changes: Any) -> Cell:
+    """Two needles for the model and haystack saved below ``folder`` as "toy" and "hay"."""
+    task = {"haystack": str(folder / "hay"), "lengths": [300, 400], "depths": [50]}
+    settings = {
+        "task_settings": load_choice("task", "needle") | task | {"max_new_tokens": 6},
+        "policy_settings": load_choice("policy", policy),
+        "policy_label": policy,
+        "codec_settings": load_choice("codec", codec),
+        "codec_label": codec,
+        "model": ModelSpec(name="toy", source=str(folder / "toy")),
+        "budget": "64",
+        "sampling": Sampling(),
+        "question": "inside",
+        "seed": 0,
+        "limit": None,
+        "slots": 2,
+        "chunk_tokens": 32,
+        "attention": "sdpa",
+        "device": "cpu",
+        "dtype": "float32",
+        "kv_dtype": "model",
+        "config": {},
+    }
+    return Cell(**{**settings, **changes})

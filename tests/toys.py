@@ -1,6 +1,9 @@
 """Tiny random models of many architectures, and prompts for them."""
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 128
@@ -85,3 +88,23 @@ def kernel_for(architecture: str) -> str:
 def toy_prompt(num_tokens: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (num_tokens,), generator=generator).tolist()
+
+
+def save_random_heads(
+    path: Path,
+    *,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    num_layers: int = 6,
+) -> Path:
+    """Untrained retaining heads in the format of trained ones; the defaults fit every toy model."""
+    generator = torch.Generator().manual_seed(0)
+    heads = {}
+    for layer in range(num_layers):
+        num_features, num_hidden = (num_heads + 2 * num_kv_heads) * head_dim, 8
+        heads[f"layers.{layer}.w1"] = torch.randn(num_features, num_hidden, generator=generator)
+        heads[f"layers.{layer}.w2"] = torch.randn(num_hidden, num_kv_heads, generator=generator)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(heads, path)
+    return path

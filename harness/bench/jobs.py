@@ -1,0 +1,129 @@
+"""Whole jobs: many prompts through the slots, against one at a time elsewhere.
+
+The answers have a fixed length, so that every system writes equally much. Beside the time a job
+tells whether a slot was ever idle while samples waited, and whether memory grew.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+from kvarena.harness.bench.measure import Case, Variant, now_sec
+from kvarena.harness.bench.memory import resident_bytes
+from kvarena.harness.bench.peers import KvpressServer, Prompts, generate_job, kvpress_job
+from kvarena.harness.bench.plan import Plan
+from kvarena.harness.bench.subjects import Subject
+from kvarena.harness.engine import Engine
+from kvarena.harness.registry import build, load_choice
+from kvarena.harness.sequence import Sequence
+
+_POLICY = "keydiff"  # kvpress has it as well
+
+
+@dataclass(kw_only=True)
+class JobWatch:
+    """Looks at the slots before each pass, from outside the engine."""
+
+    engine: Engine
+    num_samples: int
+    idle_passes: int = 0  # passes with an empty slot while a sample waited
+    busy: list[int] = field(default_factory=list)  # slots at work
+    allocated: list[int] = field(default_factory=list)  # bytes of all cache buffers
+    resident: list[int] = field(default_factory=list)  # bytes of the process
+    _seen: set[int] = field(default_factory=set)
+
+    def step(self, slots: Seq[Sequence | None], *rest: Any) -> int:  # Any: what _step takes
+        """Stand in for ``Engine._step``."""
+        at_work = [sequence.index for sequence in slots if sequence is not None]
+        self._seen.update(at_work)
+        self.busy.append(len(at_work))
+        self.idle_passes += len(at_work) < len(slots) and len(self._seen) < self.num_samples
+        num_tokens = Engine._step(self.engine, slots, *rest)
+        self.allocated.append(self.engine.kv_bytes_allocated)
+        self.resident.append(resident_bytes())
+        return num_tokens
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        half = len(self.resident) // 2
+        metrics = {
+            "idle_while_waiting_passes": float(self.idle_passes),
+            "busy_slots_mean": sum(self.busy) / len(self.busy),
+            "kv_allocated_bytes": float(self.allocated[-1]),
+            "kv_allocated_growth_ratio": max(self.allocated) / min(self.allocated),
+        }
+        if half and self.resident[0]:
+            peaks = max(self.resident[:half]), max(self.resident[half:])
+            metrics["resident_growth_ratio"] = peaks[1] / peaks[0]
+        return metrics
+
+
+def jobs(subject: Subject, plan: Plan, kvpress: KvpressServer | None) -> list[Variant]:
+    """The needle job and the job of long answers, through each system."""
+    needle = subject.needle_prompts(plan.job_lengths, plan.job_prompts)
+    answers = [(prompt, 0) for prompt in subject.short_prompts(plan.answer_prompts)]
+    needle_case = Case(
+        section="job",
+        what="needle_job",
+        policy=_POLICY,
+        attention="sdpa",
+        new_tokens=plan.job_new_tokens,
+        budget_tokens=plan.budget_tokens,
+        chunk_tokens=plan.chunk_tokens,
+        slots=plan.job_slots,
+    )
+    answer_case = replace(
+        needle_case,
+        what="answer_job",
+        new_tokens=plan.answer_new_tokens,
+        budget_tokens=plan.answer_budget_tokens,
+    )
+    found = []
+    for case, prompts in ((needle_case, needle), (answer_case, answers)):
+        assert case.new_tokens is not None, "set above"
+        alone = replace(
+            case, system="generate", policy="full", budget_tokens=None, chunk_tokens=None, slots=1
+        )
+        found.append(_engine_job(subject, case, prompts))
+        found.append(generate_job(subject, alone, prompts, case.new_tokens))
+    if kvpress is not None:  # its BlockPress compresses prompts only, so it has no part in answers
+        case = replace(needle_case, system="kvpress", slots=1)
+        found.append(kvpress_job(kvpress, case, needle, plan.job_new_tokens))
+    return found
+
+
+def _engine_job(subject: Subject, case: Case, prompts: Prompts) -> Variant:
+    chunk_tokens, slots = case.chunk_tokens or 1, case.slots or 1
+
+    def work(some: Prompts) -> dict[str, float]:
+        engine = Engine(
+            subject.model,
+            build(load_choice("policy", _POLICY)),
+            budget_tokens=case.budget_tokens,
+            chunk_tokens=chunk_tokens,
+            slots=slots,
+        )
+        watch = JobWatch(engine=engine, num_samples=len(some))
+        with mock.patch.object(engine, "_step", watch.step):
+            started = now_sec(subject.device)
+            finished = list(
+                engine.generate(
+                    [prompt for prompt, _ in some],
+                    max_new_tokens=case.new_tokens,
+                    stop_token_ids=(),
+                )
+            )
+            job_sec = now_sec(subject.device) - started
+        assert len(finished) == len(some), "every prompt has an answer"
+        return {
+            "job_sec": job_sec,
+            "samples_per_min": 60 * len(some) / job_sec,
+            **watch.metrics,
+        }
+
+    def warm() -> dict[str, float]:
+        work(prompts[:1])
+        return {}
+
+    return Variant(case=case, run=lambda: work(prompts), warm=warm)

@@ -1,0 +1,145 @@
+"""The split of a pass: model, attention, score, selection, movement, bookkeeping.
+
+Clocks are wrapped round the engine's functions from outside. Each moment counts for the innermost
+wrapped function, so the phases of a pass add up to the whole of it. What the clocks themselves cost
+is measured beside, as the time with them over the time without.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+from unittest import mock
+
+import torch
+
+from kvarena.harness import attention, cache
+from kvarena.harness.bench.measure import Case, Variant, now_sec
+from kvarena.harness.bench.plan import POLICIES, Plan
+from kvarena.harness.bench.steps import FullSlots
+from kvarena.harness.bench.subjects import Subject
+from kvarena.harness.cache import LayerCache
+from kvarena.harness.engine import Engine
+from kvarena.harness.passes import ForwardPass
+
+# model: embeddings, linear layers, norms, output; attention: kernel and mask, with the mass or the
+# weights that one softmax yields beside the output; score: the policy, and attention rows computed
+# for it alone; selection: protection, ranking, which token fills which hole; movement: writes of
+# new and moved tokens; bookkeeping: the rest of the engine, sampling.
+PHASES = ("model", "attention", "score", "selection", "movement", "bookkeeping")
+FUNCTIONS: tuple[tuple[str, Any, str], ...] = (  # Any: a module or a class
+    ("attention", attention, "visible_tokens"),
+    ("attention", attention, "attend_with_mass"),
+    ("attention", attention, "attend_with_weights"),
+    ("score", attention, "last_query_weights"),
+    ("score", ForwardPass, "_new_tokens"),
+    ("selection", ForwardPass, "_protect"),
+    ("selection", LayerCache, "evict"),
+    ("movement", LayerCache, "append"),
+    ("movement", cache, "_move"),
+    ("movement", ForwardPass, "_move_sinks"),
+    ("bookkeeping", ForwardPass, "attend"),
+)
+
+
+class PhaseClock:
+    """Seconds by phase. A CUDA device is waited for at every change, which costs overlap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._device = device
+        self._open: list[str] = []
+        self._since = 0.0
+
+    def wrap(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, its time counted for ``phase`` but for wrapped ones it calls."""
+
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:  # Any: whatever the function takes
+            self._switch()
+            self._open.append(phase)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch()
+                self._open.pop()
+
+        return timed
+
+    def _switch(self) -> None:
+        """Count the time since the last change for the phase that ran."""
+        now = now_sec(self._device)
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+@contextmanager
+def clocks(engine: Engine) -> Iterator[PhaseClock]:
+    """Clocks round the functions of one engine, taken off again at the end."""
+    clock = PhaseClock(engine.model.device)
+    points = (
+        *FUNCTIONS,
+        ("attention", engine, "_kernel"),
+        ("score", engine.policy, "score"),
+        ("model", engine.model, "forward"),
+        ("bookkeeping", engine, "_step"),
+    )
+    with ExitStack() as patches:
+        for phase, owner, name in points:
+            timed = clock.wrap(phase, getattr(owner, name))
+            patches.enter_context(mock.patch.object(owner, name, timed))
+        yield clock
+
+
+def phases(subject: Subject, plan: Plan) -> list[Variant]:
+    """A pass that writes in all slots of the jobs, and one that reads a chunk, for each policy."""
+    shapes = ((plan.job_slots, None), (1, plan.chunk_tokens))
+    return [
+        _split(subject, policy, plan, slots, chunk_tokens)
+        for slots, chunk_tokens in shapes
+        for policy in ("full", *POLICIES)
+    ]
+
+
+def _split(
+    subject: Subject, policy: str, plan: Plan, slots: int, chunk_tokens: int | None
+) -> Variant:
+    passes = plan.passes
+
+    def warm_slots() -> FullSlots:
+        full = FullSlots(
+            subject,
+            policy,
+            slots=slots,
+            cache_tokens=plan.budget_tokens,
+            passes=passes + 1,
+            chunk_tokens=chunk_tokens,
+        )
+        full.run(1)
+        return full
+
+    def run() -> dict[str, float]:
+        pass_sec = warm_slots().run(passes)
+        full = warm_slots()  # anew, for a cache that keeps everything has grown meanwhile
+        with clocks(full.engine) as clock:
+            timed_sec = full.run(passes)
+        return {
+            "pass_sec": pass_sec,
+            "clock_overhead_ratio": timed_sec / pass_sec - 1,
+            **{f"{phase}_sec": clock.seconds[phase] / passes for phase in PHASES},
+        }
+
+    return Variant(
+        case=Case(
+            section="phases",
+            what="decode" if chunk_tokens is None else "prefill",
+            policy=policy,
+            attention="sdpa",
+            chunk_tokens=chunk_tokens,
+            slots=slots,
+            cache_tokens=plan.budget_tokens,
+        ),
+        run=run,
+    )

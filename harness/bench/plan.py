@@ -1,0 +1,74 @@
+"""How much the bench measures: every length, width and count in one place, per size of run."""
+
+from dataclasses import dataclass
+
+POLICIES = ("streaming_llm", "keydiff", "l2norm", "tova", "snapkv", "h2o")
+SCORE_FREE = ("streaming_llm", "keydiff", "l2norm")  # need no attention weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Units: tokens, unless the name says otherwise.
+
+    rounds: visits of every variant; job_rounds: of the jobs, which take minutes each.
+    budget_tokens: N of prefills; chunk_tokens: B; lengths: prompts read in chunks of B;
+    wide_lengths: prompts read in chunks of wide_chunk_tokens, and at once by the peers;
+    policy_length: the prompt on which all policies are compared.
+    slots x caches: the grid of decoding; policy_shapes: (slots, cache) where all policies are
+    compared; passes: timed at each visit of a state that is full.
+    job_prompts prompts of job_lengths by turns with job_new_tokens answers; answer_prompts short
+    prompts with answer_new_tokens under answer_budget_tokens (MATH-like); job_slots: for both.
+    matmul_rows, stream_floats: sizes at which the machine's own rates are taken.
+    """
+
+    name: str
+    rounds: int
+    job_rounds: int
+    budget_tokens: int = 512
+    chunk_tokens: int = 128
+    lengths: tuple[int, ...] = (1000, 2000, 4000, 8000)
+    wide_chunk_tokens: int = 256
+    wide_lengths: tuple[int, ...] = (1000, 2000, 4000, 7000)
+    policy_length: int = 4000
+    slots: tuple[int, ...] = (1, 4, 8, 16)
+    caches: tuple[int, ...] = (512, 1024, 2048)
+    policy_shapes: tuple[tuple[int, int], ...] = ((1, 512), (8, 512), (8, 2048))
+    passes: int = 4
+    job_prompts: int = 16
+    job_lengths: tuple[int, ...] = (1000, 2000, 3000, 4000)
+    job_new_tokens: int = 24
+    answer_prompts: int = 16
+    answer_new_tokens: int = 256
+    answer_budget_tokens: int = 256
+    job_slots: int = 8
+    matmul_rows: int = 512
+    stream_floats: int = 2**26
+
+
+DEFAULT = Plan(name="default", rounds=3, job_rounds=2)
+FULL = Plan(name="full", rounds=7, job_rounds=3, job_prompts=32, answer_prompts=32)
+# The toy has the tests' proportions: everything runs, no figure means anything.
+QUICK = Plan(
+    name="quick",
+    rounds=2,
+    job_rounds=1,
+    budget_tokens=48,
+    chunk_tokens=16,
+    lengths=(64, 256),
+    wide_chunk_tokens=32,
+    wide_lengths=(64, 128),
+    policy_length=128,
+    slots=(1, 2),
+    caches=(48, 96),
+    policy_shapes=((2, 48),),
+    passes=2,
+    job_prompts=4,
+    job_lengths=(64, 128),
+    job_new_tokens=4,
+    answer_prompts=4,
+    answer_new_tokens=8,
+    answer_budget_tokens=48,
+    job_slots=2,
+    matmul_rows=64,
+    stream_floats=2**16,
+)

@@ -1,0 +1,59 @@
+"""What both benches share: sections one after the other, their files, and how errors end."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from transformers.utils import logging as transformers_logging
+
+from kvarena.harness.bench.measure import Variant, measure, summarise
+from kvarena.harness.bench.roofline import with_fractions
+from kvarena.harness.bench.subjects import Subject
+from kvarena.harness.bench.table import machine_columns, write_tables
+from kvarena.harness.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Variants that are measured side by side; made when their turn comes."""
+
+    variants: Callable[[], list[Variant]]
+    rounds: int
+
+
+def run_sections(
+    subject: Subject,
+    sections: Mapping[str, Section],
+    judge: Callable[[pd.DataFrame], pd.DataFrame],
+    stem: Path,
+) -> str:
+    """Measure, and write the files anew after each section. Returns the Markdown.
+
+    judge: the targets of what was measured; stem: of the files' names (``write_tables``).
+    """
+    text, parts = "", []
+    columns = machine_columns(subject)
+    for section in sections.values():
+        parts.append(with_fractions(measure(section.variants(), section.rounds)))
+        measured = pd.concat(parts, ignore_index=True)
+        text = write_tables(summarise(measured), judge(measured), columns, stem)
+    return text
+
+
+def chosen(sections: Mapping[str, Section], only: str | None) -> dict[str, Section]:
+    """One of the sections, or all of them."""
+    return {name: section for name, section in sections.items() if only in (None, name)}
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """A UsageError becomes one line and exit code 2; transformers' remarks are left out."""
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

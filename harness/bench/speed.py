@@ -1,0 +1,101 @@
+"""Prefill and decode of the engine, one variant per point: what both benches put together."""
+
+from kvarena.harness.bench.measure import Case, Variant
+from kvarena.harness.bench.memory import peak_bytes
+from kvarena.harness.bench.steps import FullSlots
+from kvarena.harness.bench.subjects import Subject
+from kvarena.harness.engine import Engine
+from kvarena.harness.registry import build, load_choice
+
+
+def prefill(
+    subject: Subject,
+    policy: str,
+    *,
+    section: str,
+    prompt_tokens: int,
+    budget_tokens: int,
+    chunk_tokens: int,
+    attention: str = "sdpa",
+) -> Variant:
+    """A prompt alone in the engine, up to its first new token: ``ttft_sec`` and tokens per second.
+
+    The warm-up reads a shorter prompt in passes of all the same shapes and notes the peak memory,
+    which no longer prompt exceeds.
+    """
+    evicts = build(load_choice("policy", policy)).evicts
+
+    def read(num_tokens: int) -> dict[str, float]:
+        engine = Engine(
+            subject.model,
+            build(load_choice("policy", policy)),
+            budget_tokens=budget_tokens,
+            chunk_tokens=chunk_tokens,
+            slots=1,
+            attention=attention,
+        )
+        (generation,) = engine.generate([subject.text[:num_tokens]], max_new_tokens=1)
+        return {
+            "ttft_sec": generation.ttft_sec,
+            "prefill_tokens_per_sec": num_tokens / generation.ttft_sec,
+            "kv_peak_bytes": generation.kv_bytes_peak,
+        }
+
+    # The first chunk is the short one, so passes depend on the remainder and then repeat.
+    covered = -(-budget_tokens // chunk_tokens) + 2
+    shorter = min(prompt_tokens, prompt_tokens % chunk_tokens + covered * chunk_tokens)
+    return Variant(
+        case=Case(
+            section=section,
+            what="prefill",
+            policy=policy,
+            attention=attention,
+            prompt_tokens=prompt_tokens,
+            budget_tokens=budget_tokens if evicts else None,
+            chunk_tokens=chunk_tokens,
+            slots=1,
+        ),
+        run=lambda: read(prompt_tokens),
+        warm=lambda: peak_bytes(lambda: read(shorter if evicts else prompt_tokens), subject.device),
+    )
+
+
+def decode(
+    subject: Subject,
+    policy: str,
+    *,
+    section: str,
+    slots: int,
+    cache_tokens: int,
+    passes: int,
+    attention: str = "sdpa",
+) -> Variant:
+    """Passes that write one token in every slot and evict one: ``pass_sec``, tokens per second.
+
+    The slots are filled anew at each visit, whose first pass is not timed.
+    """
+
+    def write() -> dict[str, float]:
+        full = FullSlots(
+            subject,
+            policy,
+            slots=slots,
+            cache_tokens=cache_tokens,
+            passes=passes + 1,
+            attention=attention,
+        )
+        full.run(1)
+        pass_sec = full.run(passes)
+        return {"pass_sec": pass_sec, "decode_tokens_per_sec": slots / pass_sec}
+
+    return Variant(
+        case=Case(
+            section=section,
+            what="decode",
+            policy=policy,
+            attention=attention,
+            slots=slots,
+            cache_tokens=cache_tokens,
+        ),
+        run=write,
+    )

@@ -1,0 +1,141 @@
+"""The figures that the engine is held to, each with its bound and whether it is met.
+
+A ratio is formed within every round and its median over rounds decides.
+"""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from kvarena.harness.bench.measure import select
+from kvarena.harness.bench.plan import SCORE_FREE, Plan
+
+_OVER_STREAMING = {"keydiff": 1.03, "snapkv": 1.08, "tova": 1.08, "h2o": 1.15}
+TARGET_COLUMNS = ["figure", "median", "q1", "q3", "bound", "met"]
+
+
+def targets(measured: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """One line per figure of which both sides were measured."""
+    lines = [*_prefill(measured, plan), *_decode(measured, plan), *_policies(measured, plan)]
+    lines += _jobs(measured, plan)
+    return pd.DataFrame([line for line in lines if line], columns=TARGET_COLUMNS)
+
+
+def check(
+    figure: str,
+    values: pd.Series,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> dict[str, object]:
+    """A line of the table; empty without values. Without a bound the figure is only told."""
+    values = values.dropna()
+    if values.empty:
+        return {}
+    median, q1, q3 = values.quantile([0.5, 0.25, 0.75])
+    bound, met = "-", ""
+    if at_least is not None:
+        bound, met = f">= {at_least:g}", "yes" if median >= at_least else "no"
+    if at_most is not None:
+        bound, met = f"<= {at_most:g}", "yes" if median <= at_most else "no"
+    return dict(zip(TARGET_COLUMNS, (figure, median, q1, q3, bound, met), strict=True))
+
+
+def _prefill(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
+    short, long = plan.lengths[0], plan.lengths[-1]
+    wide = plan.wide_lengths[-1]
+
+    def sec(*, system: str = "kvarena", **labels: object) -> pd.Series:
+        return select(measured, "ttft_sec", section="prefill", system=system, **labels)
+
+    for policy in SCORE_FREE[:2]:
+        grown = [
+            sec(policy=policy, prompt_tokens=length, chunk_tokens=plan.chunk_tokens)
+            for length in (long, short)
+        ]
+        yield check(
+            f"prefill of {long} over {short} tokens, {policy}, N {plan.budget_tokens}, "
+            f"B {plan.chunk_tokens}",
+            grown[0] / grown[1],
+            # Linear growth and a tenth: 8.8 for 8000 over 1000 tokens.
+            at_most=1.1 * long / short,
+        )
+    whole = sec(system="generate", prompt_tokens=wide)
+    for policy in SCORE_FREE:
+        ours = sec(policy=policy, prompt_tokens=wide, chunk_tokens=plan.wide_chunk_tokens)
+        yield check(
+            f"prefill of {wide} tokens, generate over {policy}, B {plan.wide_chunk_tokens}",
+            whole / ours,
+            at_least=2.0,
+        )
+    first = plan.wide_lengths[0]
+    grown = [sec(system="kvpress", prompt_tokens=length) for length in (wide, first)]
+    yield check(f"prefill of {wide} over {first} tokens, kvpress", grown[0] / grown[1])
+
+
+def _decode(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
+    def rate(**labels: object) -> pd.Series:
+        return select(measured, "decode_tokens_per_sec", section="decode", **labels)
+
+    budget, many = plan.caches[0], plan.slots[-1]
+    rates = [rate(policy="keydiff", slots=slots, cache_tokens=budget) for slots in (many, 1)]
+    yield check(
+        f"tokens/s at {many} slots over 1, keydiff, cache {budget}",
+        rates[0] / rates[1],
+        at_least=6.0,
+    )
+    slots, cache_tokens = plan.job_slots, plan.caches[-1]
+    yield check(
+        f"tokens/s at {slots} slots over DynamicCache, keydiff, cache {cache_tokens}",
+        rate(policy="keydiff", slots=slots, cache_tokens=cache_tokens)
+        / rate(system="dynamic_cache", slots=slots, cache_tokens=cache_tokens),
+        at_least=1.5,
+    )
+
+
+def _policies(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
+    def sec(metric: str, policy: str, **labels: object) -> pd.Series:
+        return select(measured, metric, section="policies", policy=policy, **labels)
+
+    for policy, bound in _OVER_STREAMING.items():
+        yield check(
+            f"prefill of {plan.policy_length} tokens, {policy} over streaming_llm",
+            sec("ttft_sec", policy) / sec("ttft_sec", "streaming_llm"),
+            at_most=bound,
+        )
+    for slots, cache_tokens in plan.policy_shapes:
+        shape = {"slots": slots, "cache_tokens": cache_tokens}
+        for policy in dict.fromkeys([*SCORE_FREE, *_OVER_STREAMING]):
+            yield check(
+                f"decode step, {policy} over full attention, slots {slots}, cache {cache_tokens}",
+                sec("pass_sec", policy, **shape) / sec("pass_sec", "full", **shape),
+                at_most=1.1,
+            )
+
+
+def _jobs(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
+    def rate(what: str, system: str) -> pd.Series:
+        return select(measured, "samples_per_min", section="job", what=what, system=system)
+
+    def ours(metric: str, what: str) -> pd.Series:
+        return select(measured, metric, section="job", what=what, system="kvarena")
+
+    for what, peer, bound in (
+        ("needle_job", "generate", 1.5),
+        ("needle_job", "kvpress", 1.9),
+        ("answer_job", "generate", 3.5),
+    ):
+        yield check(
+            f"samples/min of the {what.replace('_', ' ')}, {plan.job_slots} slots over {peer}",
+            rate(what, "kvarena") / rate(what, peer),
+            at_least=bound,
+        )
+    for what in ("needle_job", "answer_job"):
+        job = what.replace("_", " ")
+        idle = ours("idle_while_waiting_passes", what)
+        yield check(f"passes with an idle slot while samples wait, {job}", idle, at_most=0)
+        allocated = ours("kv_allocated_growth_ratio", what)
+        yield check(f"cache bytes allocated, most over least, {job}", allocated, at_most=1)
+        # Resident memory of a process wavers by what the allocator keeps; 5 % would be growth.
+        resident = ours("resident_growth_ratio", what)
+        yield check(f"resident memory, second half over first, {job}", resident, at_most=1.05)

@@ -1,0 +1,48 @@
+"""The recorded comparison at equal bytes: rows, a table and the Pareto picture.
+
+``python -m kvarena.harness.equal_bytes <results_dir>`` turns the cells of ``make equal-bytes`` into
+``results/reference/equal-bytes*`` and renews the README's table.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from kvarena.harness import charts, tables
+from kvarena.harness.comparison import CELL, compare_cells
+from kvarena.harness.files import replacing
+from kvarena.harness.reference import REPOSITORY, with_table, without_texts
+from kvarena.harness.results import find_cells
+from kvarena.harness.rows import read_rows
+
+NAME = "equal-bytes"
+_MEASURES = ["bits_per_value", "compression_ratio", "budget_tokens"]
+
+
+def main() -> None:
+    """Write everything from the cells below the folder named by the argument."""
+    rows = read_rows(sorted(find_cells(Path(sys.argv[1]))))
+    target = REPOSITORY / "results" / "reference"
+    summary = summarise(rows)
+    tables.write_csv(without_texts(rows), target / f"{NAME}.csv")
+    tables.write_csv(summary, target / f"{NAME}-summary.csv")
+    with replacing(target / f"{NAME}.svg") as path:
+        path.write_bytes(charts.memory_chart(summary, "needle score (%)"))
+    readme = REPOSITORY / "README.md"
+    renewed = with_table(readme.read_text(), NAME, target / f"{NAME}-summary.csv")
+    with replacing(readme) as path:
+        path.write_text(renewed)
+
+
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per cell: scores with intervals, sizes, and what the bytes were spent on."""
+    summary = compare_cells(rows)
+    good = rows[rows["status"] == "ok"]
+    means = good.groupby(CELL, dropna=False)[_MEASURES].median().reset_index()
+    used = good.groupby(CELL, dropna=False)["codec"].first().reset_index()
+    return summary.merge(means, on=CELL).merge(used, on=CELL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The bench measures fairly, and what it says of a pass is true of that pass."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from kvarena.harness.bench import __main__ as bench
+from kvarena.harness.bench import gpu, phases
+from kvarena.harness.bench.jobs import JobWatch
+from kvarena.harness.bench.measure import Case, Variant, measure, select, summarise
+from kvarena.harness.bench.memory import peak_bytes
+from kvarena.harness.bench.peers import KvpressServer, dynamic_cache_decode
+from kvarena.harness.bench.phases import PHASES, PhaseClock, clocks
+from kvarena.harness.bench.plan import POLICIES, QUICK
+from kvarena.harness.bench.roofline import pass_bytes, pass_flops, with_fractions
+from kvarena.harness.bench.run import chosen, run_sections
+from kvarena.harness.bench.steps import FullSlots
+from kvarena.harness.bench.subjects import Subject, toy
+from kvarena.harness.bench.targets import check, targets
+from kvarena.harness.engine import Engine
+from kvarena.harness.errors import UsageError
+from kvarena.harness.registry import build, load_choice
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return toy()
+
+
+def fake(name: str, log: list[str], values: list[float]) -> Variant:
+    """Notes each visit and gives the next of the values as seconds."""
+
+    def run() -> dict[str, float]:
+        log.append(name)
+        return {"pass_sec": values.pop(0)}
+
+    def warm() -> dict[str, float]:
+        log.append(f"warm {name}")
+        return {}
+
+    return Variant(case=Case(section="test", what=name), run=run, warm=warm)
+
+
+def test_rounds_visit_all_variants_in_turn_and_back_after_warming_all() -> None:
+    log: list[str] = []
+    measure([fake("a", log, [1.0] * 3), fake("b", log, [1.0] * 3)], rounds=3)
+    assert log == ["warm a", "warm b", "a", "b", "b", "a", "a", "b"]
+
+
+def test_a_ratio_is_formed_within_each_round_so_a_slower_machine_cancels_out() -> None:
+    drift = [1.0, 2.0, 10.0]
+    measured = measure(
+        [fake("a", [], [3 * d for d in drift]), fake("b", [], list(drift))], rounds=3
+    )
+    line = check(
+        "a over b",
+        select(measured, "pass_sec", what="a") / select(measured, "pass_sec", what="b"),
+        at_most=2.5,
+    )
+    assert (line["median"], line["q1"], line["q3"]) == (3.0, 3.0, 3.0)
+    assert line["met"] == "no"
+
+
+def test_a_figure_with_a_side_that_was_not_measured_is_left_out() -> None:
+    measured = measure([fake("a", [], [1.0])], rounds=1)
+    missing = select(measured, "pass_sec", what="b")
+    assert check("a over b", select(measured, "pass_sec", what="a") / missing, at_most=1) == {}
+
+
+def test_a_selection_of_several_cases_is_refused() -> None:
+    measured = measure([fake("a", [], [1.0]), fake("b", [], [1.0])], rounds=1)
+    with pytest.raises(AssertionError, match="several cases"):
+        select(measured, "pass_sec", section="test")
+
+
+def test_summary_holds_median_and_quartiles_in_the_order_of_measuring() -> None:
+    variants = [fake("z", [], [4.0, 1.0, 2.0, 3.0, 5.0]), fake("a", [], [1.0] * 5)]
+    summary = summarise(measure(variants, rounds=5))
+    assert list(summary["what"]) == ["z", "a"]
+    assert list(summary.loc[0, ["median", "q1", "q3", "rounds"]]) == [3.0, 2.0, 4.0, 5]
+
+
+@pytest.mark.parametrize("policy", ["full", *POLICIES])
+def test_a_full_slot_goes_on_as_if_it_had_read_its_text(subject: Subject, policy: str) -> None:
+    full = FullSlots(subject, policy, slots=2, cache_tokens=40, passes=3)
+    full.run(1)
+    # Its first pass attends to the whole text under any policy that does not move positions.
+    engine = Engine(subject.model, build(load_choice("policy", "full")), slots=1)
+    (expected,) = engine.generate([subject.text[:41]], max_new_tokens=1)
+    for sequence in full.sequences:
+        assert sequence.token_ids[1:] == expected.token_ids
+        assert sequence.num_live == (41 if policy == "full" else 40)
+
+
+def test_passes_that_read_choose_no_token(subject: Subject) -> None:
+    full = FullSlots(subject, "keydiff", slots=2, cache_tokens=40, passes=3, chunk_tokens=8)
+    full.run(3)
+    assert [sequence.num_seen for sequence in full.sequences] == [64, 64]
+    assert [sequence.token_ids for sequence in full.sequences] == [[], []]
+
+
+def test_each_moment_counts_for_the_innermost_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = PhaseClock(torch.device("cpu"))
+    time = [0.0]
+    monkeypatch.setattr(phases, "now_sec", lambda device: time[0])
+
+    def spend(seconds: float) -> None:
+        time[0] += seconds
+
+    inner = clock.wrap("inner", lambda: spend(5))
+
+    def outer() -> None:
+        spend(1)
+        inner()
+        spend(2)
+
+    clock.wrap("outer", outer)()
+    spend(100)  # between passes: nobody's
+    assert dict(clock.seconds) == {"outer": 3.0, "inner": 5.0}
+
+
+def test_clocks_cover_every_phase_of_an_evicting_pass_and_come_off(subject: Subject) -> None:
+    full = FullSlots(subject, "snapkv", slots=2, cache_tokens=48, passes=3)
+    before = [getattr(owner, name) for _, owner, name in phases.FUNCTIONS]
+    with clocks(full.engine) as clock:
+        full.run(2)
+    assert {phase for phase in PHASES if clock.seconds[phase] > 0} == set(PHASES)
+    assert [getattr(owner, name) for _, owner, name in phases.FUNCTIONS] == before
+    assert not {"_step", "_kernel"} & {
+        name for name, value in vars(full.engine).items() if hasattr(value, "__wrapped__")
+    }
+
+
+def test_an_empty_slot_counts_as_idle_only_while_samples_wait(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = FullSlots(subject, "keydiff", slots=2, cache_tokens=40, passes=3)
+    one, two = full.sequences
+    two.index = 1
+    monkeypatch.setattr(Engine, "_step", lambda *args: 0)
+    watch = JobWatch(engine=full.engine, num_samples=2)
+    watch.step([one, None])
+    assert watch.idle_passes == 1
+    watch.step([one, two])
+    watch.step([None, two])  # nobody waits any more
+    assert (watch.idle_passes, watch.busy) == (1, [1, 2, 1])
+
+
+def test_operations_of_a_decode_pass_are_those_that_torch_counts(subject: Subject) -> None:
+    model = subject.model
+    cache = DynamicCache(config=model.config)
+    for index, (keys, values) in enumerate(subject.keys_and_values(40)):
+        cache.update(keys.repeat(2, 1, 1, 1), values.repeat(2, 1, 1, 1), index)
+    model.set_attn_implementation("eager")  # torch counts the products that it sees
+    try:
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            model(input_ids=torch.full((2, 1), 5), past_key_values=cache)
+    finally:
+        model.set_attn_implementation("sdpa")
+    # The rotary angles are a product as well: 8 frequencies for each of one shared position.
+    assert counter.get_total_flops() - pass_flops(model, 2, 40, 1, True) == pytest.approx(
+        0, abs=2 * 2 * 8
+    )
+
+
+def test_bytes_of_a_pass_are_those_of_the_weights_and_of_the_cache(subject: Subject) -> None:
+    embedding = subject.model.get_input_embeddings().weight.nbytes  # looked up, not read through
+    norms = sum(p.nbytes for p in subject.model.parameters() if p.dim() == 1)
+    weights = sum(p.nbytes for p in subject.model.parameters()) - embedding - norms
+    cache = 3 * sum(t.nbytes for pair in subject.keys_and_values(40) for t in pair)
+    assert pass_bytes(subject.model, 3, 40) == weights + cache
+
+
+def test_fractions_are_of_the_rates_in_the_same_round() -> None:
+    lines = [
+        ("machine", 1, "matmul_flops_per_sec", 10.0),
+        ("machine", 1, "memory_bytes_per_sec", 4.0),
+        ("machine", 2, "matmul_flops_per_sec", 20.0),
+        ("machine", 2, "memory_bytes_per_sec", 8.0),
+        ("kvarena", 1, "flops_per_sec", 5.0),
+        ("kvarena", 2, "flops_per_sec", 5.0),
+        ("kvarena", 2, "bytes_per_sec", 2.0),
+    ]
+    measured = pd.DataFrame(lines, columns=["system", "round", "metric", "value"])
+    shares = with_fractions(measured)
+    assert list(select(shares, "of_matmul_rate_ratio")) == [0.5, 0.25]
+    assert list(select(shares, "of_bandwidth_ratio")) == [0.25]
+
+
+def test_the_loop_over_a_dynamic_cache_holds_as_many_tokens_as_the_engine(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+    forward = subject.model.forward
+
+    def spy(*args: object, **kwargs: object) -> object:
+        output = forward(*args, **kwargs)
+        held.append(tuple(kwargs["past_key_values"].layers[0].keys.shape))  # type: ignore[index,attr-defined]
+        return output
+
+    subject.keys_and_values(40)
+    monkeypatch.setattr(subject.model, "forward", spy)
+    variant = dynamic_cache_decode(subject, section="decode", slots=3, cache_tokens=40, passes=2)
+    variant.run()
+    assert held == [(3, 2, 41 + n, 16) for n in range(3)]
+
+
+def test_a_whole_quick_run_writes_every_section_and_judges_every_target(
+    subject: Subject, tmp_path: Path
+) -> None:
+    sections = bench.sections(subject, QUICK)
+    assert tuple(sections) == bench.SECTIONS
+    text = run_sections(subject, sections, lambda m: targets(m, QUICK), tmp_path / "quick")
+    table = pd.read_csv(tmp_path / "quick.csv")
+    assert set(table["section"]) == set(bench.SECTIONS)
+    assert table[["metric", "unit", "median", "rounds", "threads", "torch"]].notna().all(axis=None)
+    timed = table[~table["metric"].isin(["clock_overhead_ratio", "idle_while_waiting_passes"])]
+    assert (timed["median"] >= 0).all()
+    assert set(table.loc[table["section"] == "phases", "policy"]) == {"full", *POLICIES}
+    judged = pd.read_csv(tmp_path / "quick-targets.csv")
+    figures = " ".join(judged["figure"])
+    for name in ("prefill of 256 over 64", "generate over l2norm", "DynamicCache", "h2o over str"):
+        assert name in figures
+    assert judged.loc[judged["figure"].str.contains("idle slot"), "met"].tolist() == ["yes"] * 2
+    assert (tmp_path / "quick.md").read_text() == text
+
+
+def test_the_gpu_bench_runs_the_same_on_a_toy_without_a_gpu(
+    subject: Subject, tmp_path: Path
+) -> None:
+    plan = gpu.TOY
+    sections = chosen(gpu.sections(subject, plan), "end_to_end")
+    run_sections(subject, sections, lambda m: gpu.targets(m, plan), tmp_path / "gpu")
+    judged = pd.read_csv(tmp_path / "gpu-targets.csv")
+    assert judged["figure"].str.contains("attention=reference over keydiff").sum() == 3
+    assert judged["figure"].str.contains("attention=sdpa over keydiff").sum() == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_the_gpu_bench_without_a_gpu_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux")
+def test_peak_memory_is_what_the_work_took_and_gave_back() -> None:
+    held = torch.ones(2**24)  # 64 MiB before the work, which do not count
+    measured = peak_bytes(lambda: torch.ones(2**25).sum(), torch.device("cpu"))
+    assert measured["peak_extra_bytes"] == pytest.approx(2**27, rel=0.1)
+    assert held.nbytes == 2**26
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_kvpress_answers_line_by_line(tmp_path: Path) -> None:
+    python = script(
+        tmp_path / "python",
+        'echo \'{"torch": "2"}\'; while read -r job; do echo \'{"job_sec": 1.5}\'; done',
+    )
+    with KvpressServer(python, "folder") as server:
+        assert server.versions == {"torch": "2"}
+        job = {"budget_tokens": 8, "block_tokens": 4, "new_tokens": 1}
+        assert [server.work([([1, 2, 3], 1)], **job) for _ in range(2)] == [1.5, 1.5]
+
+
+def test_an_interpreter_without_kvpress_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="stopped"):
+        KvpressServer(script(tmp_path / "python", "exit 1"), "folder")
+    with pytest.raises(UsageError, match="cannot be started"):
+        KvpressServer(str(tmp_path / "none"), "folder")
+    with pytest.raises(UsageError, match="random weights"):
+        KvpressServer(script(tmp_path / "python", "exit 1"), None)
+
+
+@pytest.mark.slow
+def test_both_benches_import_where_hydra_and_datasets_are_missing() -> None:
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("hydra", "omegaconf", "datasets")))  # None: cannot be imported
+import kvarena.harness.bench.__main__, kvarena.harness.bench.gpu
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
