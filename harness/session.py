@@ -1,10 +1,10 @@
 """What became of the jobs of one command, in whichever process each ran, and its exit code."""
 
-import pickle
+import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvarena.harness.files import replacing
 
@@ -55,15 +55,15 @@ class Session:
 
     def hand_over(self, folder: Path, job: int) -> None:
         """Leave everything to the command's own process."""
-        with replacing(folder / f"job-{job}.pickle") as path:
-            path.write_bytes(pickle.dumps(self))
+        with replacing(folder / f"job-{job}.json") as path:
+            path.write_text(json.dumps(asdict(self), default=_as_json))
 
     def collect(self, folder: Path) -> None:
         """Take in what jobs in other processes have left, and sum up their failures."""
-        paths = sorted(folder.glob("job-*.pickle"))
+        paths = sorted(folder.glob("job-*.json"))
         failures = []
         for path in paths:
-            job: Session = pickle.loads(path.read_bytes())
+            job = _read(path)
             path.unlink()
             self.outcomes += job.outcomes
             self.plans += job.plans
@@ -90,3 +90,30 @@ class Session:
             print("\nWritten:")
             for path in written:
                 print(f"  {path}")
+
+
+def _as_json(value: Any) -> Any:  # Any: what dataclasses of this command hold
+    if isinstance(value, Path):
+        return str(value)
+    assert isinstance(value, frozenset), f"{type(value)} is in no outcome or plan"
+    return sorted(value)
+
+
+def _read(path: Path) -> Session:
+    # Imported here: torch takes seconds, and a typo should not wait for it.
+    from kvarena.harness.plan import Plan
+    from kvarena.harness.run_cell import Outcome
+
+    parts = json.loads(path.read_text())
+    outcomes = [
+        Outcome(**{**part, "path": Path(part["path"]), "sample_ids": frozenset(part["sample_ids"])})
+        for part in parts["outcomes"]
+    ]
+    plans = [Plan(**{**part, "path": Path(part["path"])}) for part in parts["plans"]]
+    return Session(
+        outcomes=outcomes,
+        plans=plans,
+        failures=[Failure(**part) for part in parts["failures"]],
+        allow_partial=parts["allow_partial"],
+        results_dir=Path(parts["results_dir"]),
+    )

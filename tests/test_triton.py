@@ -172,7 +172,7 @@ def test_on_cuda_mass_comes_from_the_kernel_unless_it_cannot_know_the_mask(
         calls.clear()
         query, keys, values = random_qkv(1, 4, 2, 3, 20, 16, dtype)
         mask = causal_mask(keys, 3)
-        expected = attention.attend_with_mass(query, keys, values, mask, spec)
+        expected = attention.attend_with_mass(query, keys, values, mask, spec, attend_reference)
         query = query.as_subclass(OnCuda)
         got = attention.attend_with_mass(query, keys, values, mask, spec, attend)
         for part, wanted in zip(got, expected, strict=True):

@@ -2,7 +2,8 @@
 
 ``python kvpress_server.py <model folder> <threads>``. Imports nothing of kvarena, whose
 transformers kvpress cannot use. Each line of standard input is a job as JSON
-(``KvpressServer.work`` writes them), each line of standard output the answer to it; the first one names the versions.
+(``KvpressServer.work`` writes them), each line of standard output the answer to it; the first one
+names the versions.
 
 kvpress (https://github.com/NVIDIA/kvpress) reads the context in one pass with full attention, and
 BlockPress then compresses it block by block; the question and the answer are added uncompressed.
