@@ -40,13 +40,17 @@ class KeyRotator:
         self._rotary: nn.Module = rotary
         parameters = inspect.signature(rotary.forward).parameters
         self._by_layer_type = "layer_type" in parameters
+        # The last positions asked for, and their angles by layer type: all layers of a pass share
+        # one tensor of positions, so the angles are worked out once per pass and not per layer.
+        self._positions: Tensor | None = None
+        self._angles: dict[str | None, tuple[Tensor, Tensor, Tensor]] = {}
 
     def rotate(self, attention: nn.Module, keys: Tensor, shift: Tensor) -> Tensor:
         """Keys [S, K, T, D] of one layer moved ``shift`` positions onwards ([S], integers)."""
         if not getattr(attention, "use_rope", True):
             return keys  # a layer without positional encoding (SmolLM3)
         # The stored key carries the embedding's own scale (YaRN) already.
-        return self._apply(attention, keys, shift[:, None], backwards=False)
+        return self._apply(attention, keys, shift, backwards=False)
 
     def unrotate(self, attention: nn.Module, heads: Tensor, positions: Tensor) -> Tensor:
         """Queries or keys [S, heads, Q, D] at ``positions`` ([S, Q]) as they were projected."""
@@ -57,16 +61,27 @@ class KeyRotator:
     def _apply(
         self, attention: nn.Module, heads: Tensor, positions: Tensor, *, backwards: bool
     ) -> Tensor:
-        """[S, heads, Q, D] turned by ``positions`` ([S, Q] or [S, 1]); backwards also unscales."""
-        # Position 0 goes along, for its cosine is the embedding's own scale.
-        position_ids = torch.cat([positions, torch.zeros_like(positions[:, :1])], dim=-1)
-        layer_type = [attention.layer_type] if self._by_layer_type else []
+        """[S, heads, Q, D] turned by ``positions`` ([S, Q], or [S] for all); backwards unscales."""
         precise = at_least_float32(heads)
-        cos, sin = self._rotary(precise, position_ids, *layer_type)
-        scale = cos[:, -1:].amax(dim=-1, keepdim=True)
-        cos, sin = cos[:, :-1] / scale, sin[:, :-1] / scale
+        cos, sin, scale = self._angles_of(attention, precise, positions)
         if backwards:
             cos, sin = cos / scale, -sin / scale
         apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         turned, _ = apply(precise, precise, cos, sin)
         return turned.to(heads.dtype)
+
+    def _angles_of(
+        self, attention: nn.Module, like: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosines and sines [S, Q, D] without the embedding's own scale, and that scale."""
+        if self._positions is not positions:
+            self._positions, self._angles = positions, {}
+        layer_type = attention.layer_type if self._by_layer_type else None
+        if layer_type not in self._angles:
+            rows = positions if positions.dim() == 2 else positions[:, None]
+            # Position 0 goes along, for its cosine is the embedding's own scale.
+            position_ids = torch.cat([rows, torch.zeros_like(rows[:, :1])], dim=-1)
+            cos, sin = self._rotary(like, position_ids, *([layer_type] if layer_type else []))
+            scale = cos[:, -1:].amax(dim=-1, keepdim=True)
+            self._angles[layer_type] = cos[:, :-1] / scale, sin[:, :-1] / scale, scale
+        return self._angles[layer_type]

@@ -24,6 +24,16 @@ def test_the_table_comes_from_the_committed_summary(task: str) -> None:
     assert section.count("| keydiff |") >= 1
 
 
+def test_the_ratios_come_from_the_recorded_bench() -> None:
+    recorded = pd.read_csv(REPOSITORY / "results" / "bench" / "default-targets.csv")
+    medians = dict(zip(recorded["figure"], recorded["median"], strict=True))
+    section = README.split("<!-- bench: begin -->\n")[1].split("<!-- bench: end -->")[0]
+    quoted = [line.strip("| ").split(" | ") for line in section.splitlines()[2:]]
+    assert len(quoted) >= 5
+    for figure, ratio in quoted:
+        assert ratio == f"{medians[figure]:.2f}"
+
+
 def test_no_text_of_a_benchmark_is_in_the_reference_rows() -> None:
     for path in REFERENCE.glob("*.csv"):
         rows = pd.read_csv(path)

@@ -20,6 +20,7 @@ from kvarena.harness.bench.run import Section, chosen, run_sections, usage_error
 from kvarena.harness.bench.speed import prefill
 from kvarena.harness.bench.subjects import Subject, llama_8b, toy
 from kvarena.harness.bench.targets import TARGET_COLUMNS, check
+from kvarena.harness.cuda_graphs import GraphEngine
 from kvarena.harness.engine import Engine
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import check_device
@@ -115,19 +116,24 @@ def passes(subject: Subject, plan: GpuPlan) -> list[Variant]:
 
 
 def end_to_end(subject: Subject, plan: GpuPlan) -> list[Variant]:
-    """A prompt and its answer at one slot."""
+    """A prompt and its answer at one slot; on CUDA also with decoding steps as CUDA graphs."""
     written_out = [(policy, "reference") for policy in WEIGHT_POLICIES]
-    return [
-        _answer(subject, plan, policy, attention)
+    found = [
+        _answer(subject, plan, policy, attention, Engine)
         for policy, attention in [*((policy, "sdpa") for policy in POLICIES), *written_out]
     ]
+    if subject.device.type == "cuda":
+        found += [_answer(subject, plan, policy, "sdpa", GraphEngine) for policy in POLICIES]
+    return found
 
 
-def _answer(subject: Subject, plan: GpuPlan, policy: str, attention: str) -> Variant:
+def _answer(
+    subject: Subject, plan: GpuPlan, policy: str, attention: str, kind: type[Engine]
+) -> Variant:
     prompt_tokens, new_tokens = plan.end_tokens
 
     def run(num_prompt: int, num_new: int) -> dict[str, float]:
-        engine = Engine(
+        engine = kind(
             subject.model,
             build(load_choice("policy", policy)),
             budget_tokens=plan.budgets[0],
@@ -147,6 +153,7 @@ def _answer(subject: Subject, plan: GpuPlan, policy: str, attention: str) -> Var
         case=Case(
             section="end_to_end",
             what="end_to_end",
+            system="kvarena" if kind is Engine else "kvarena_graphs",
             policy=policy,
             attention=attention,
             prompt_tokens=prompt_tokens,
@@ -200,10 +207,11 @@ def _figures(measured: pd.DataFrame, plan: GpuPlan) -> Iterator[dict[str, object
             reached,
             at_least=0.5,
         )
-    ours = select(measured, "end_to_end_sec", policy="keydiff", attention="sdpa")
+    eager = measured[measured["system"] == "kvarena"]
+    ours = select(eager, "end_to_end_sec", policy="keydiff", attention="sdpa")
     for attention in ("reference", "sdpa"):
         for policy in WEIGHT_POLICIES:
-            theirs = select(measured, "end_to_end_sec", policy=policy, attention=attention)
+            theirs = select(eager, "end_to_end_sec", policy=policy, attention=attention)
             yield check(
                 f"prompt and answer, {policy} with attention={attention} over keydiff",
                 theirs / ours,

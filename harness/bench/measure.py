@@ -63,6 +63,8 @@ def measure(variants: Sequence[Variant], rounds: int) -> pd.DataFrame:
         )
 
     started = perf_counter()
+    # The process's very first work maps libraries and fills pools, which is no case's memory.
+    variants[0].warm()
     for variant in variants:
         note(variant, 0, variant.warm())
     for number in range(1, rounds + 1):
