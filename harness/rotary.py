@@ -76,7 +76,7 @@ class KeyRotator:
         """Cosines and sines [S, Q, D] without the embedding's own scale, and that scale."""
         if self._positions is not positions:
             self._positions, self._angles = positions, {}
-        layer_type = attention.layer_type if self._by_layer_type else None
+        layer_type = str(attention.layer_type) if self._by_layer_type else None
         if layer_type not in self._angles:
             rows = positions if positions.dim() == 2 else positions[:, None]
             # Position 0 goes along, for its cosine is the embedding's own scale.
