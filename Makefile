@@ -245,6 +245,7 @@ reference-ruler: .venv/.stamp ## RULER's retrieval tasks at 1k and 2k: half an h
 
 # Nothing but 2-bit codes holds all 2000 tokens in 12 MB, and ZipCache's probe queries alone take 7 MB.
 EQUAL_BYTES := .venv/bin/kvarena --multirun experiment=equal_bytes results_dir=results/equal-bytes
+FIDELITY := .venv/bin/kvarena --multirun experiment=equal_bytes_fidelity results_dir=results/equal-bytes
 WINDOW := codec.window=64
 
 .PHONY: equal-bytes
@@ -255,6 +256,10 @@ equal-bytes: train-locret ## policies, codecs and both in the same bytes of KV c
 	$(EQUAL_BYTES) policy=full codec=kvcomp $(WINDOW) budget=12MB,20MB
 	$(EQUAL_BYTES) policy=full codec=zipcache $(WINDOW) budget=20MB
 	$(EQUAL_BYTES) policy=keydiff,snapkv,streaming_llm,locret codec=kivi codec.bits=4 $(WINDOW) budget=12MB,20MB
+	$(FIDELITY) 'policy=glob(*,exclude=full)'
+	$(FIDELITY) policy=full codec=kivi codec.bits=4 $(WINDOW)
+	$(FIDELITY) policy=full codec=kvcomp $(WINDOW)
+	$(FIDELITY) policy=keydiff,snapkv,streaming_llm,locret codec=kivi codec.bits=4 $(WINDOW)
 	.venv/bin/python -m kvarena.harness.equal_bytes results/equal-bytes
 
 .PHONY: train-locret

@@ -1,7 +1,8 @@
 """The recorded comparison at equal bytes: rows, a table and the Pareto picture.
 
 ``python -m kvarena.harness.equal_bytes <results_dir>`` turns the cells of ``make equal-bytes`` into
-``results/reference/equal-bytes*`` and renews the README's table.
+``results/reference/equal-bytes*`` (its distances from cells that force answers) and renews the
+README's table.
 """
 
 import sys
@@ -13,6 +14,7 @@ from kvarena.harness import charts, tables
 from kvarena.harness.comparison import CELL, compare_cells
 from kvarena.harness.files import replacing
 from kvarena.harness.reference import REPOSITORY, with_table, without_texts
+from kvarena.harness.report import own_summaries
 from kvarena.harness.results import find_cells
 from kvarena.harness.rows import read_rows
 
@@ -24,6 +26,11 @@ def main() -> None:
     """Write everything from the cells below the folder named by the argument."""
     rows = read_rows(sorted(find_cells(Path(sys.argv[1]))))
     target = REPOSITORY / "results" / "reference"
+    is_forced = rows["task"].str.startswith("fidelity")
+    if is_forced.any():
+        distances = own_summaries(str(rows["task"][is_forced].iloc[0]), rows[is_forced])
+        tables.write_csv(distances["distances"], target / f"{NAME}-distances.csv")
+    rows = rows[~is_forced]
     summary = summarise(rows)
     tables.write_csv(without_texts(rows), target / f"{NAME}.csv")
     tables.write_csv(summary, target / f"{NAME}-summary.csv")
