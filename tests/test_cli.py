@@ -16,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from kvarena.harness import models, report, run, run_cell
 from kvarena.harness.config import RunConfig
@@ -502,7 +503,7 @@ def test_every_experiment_can_be_composed(name: str) -> None:
     with initialize_config_module("kvarena.conf", version_base="1.3"):
         settings = compose("config", overrides=[f"experiment={name}"])
     assert set(settings) <= {setting.name for setting in fields(RunConfig)}
-    build(settings.task)
+    build(OmegaConf.to_container(settings.task, resolve=True))
 
 
 def test_an_impossible_cell_does_not_stop_a_sweep(kvarena: Command, results: Path) -> None:
