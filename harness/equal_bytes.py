@@ -1,7 +1,7 @@
 """The recorded comparison at equal bytes: rows, a table and the Pareto picture.
 
 ``python -m kvarena.harness.equal_bytes <results_dir>`` turns the cells of ``make equal-bytes`` into
-``results/reference/equal-bytes*`` (its distances from cells that force answers) and renews the
+``results/equal-bytes/equal-bytes*`` (its distances from cells that force answers) and renews the
 README's table.
 """
 
@@ -25,7 +25,7 @@ _MEASURES = ["bits_per_value", "compression_ratio", "budget_tokens"]
 def main() -> None:
     """Write everything from the cells below the folder named by the argument."""
     rows = read_rows(sorted(find_cells(Path(sys.argv[1]))))
-    target = REPOSITORY / "results" / "reference"
+    target = REPOSITORY / "results" / NAME
     is_forced = rows["task"].str.startswith("fidelity")
     if is_forced.any():
         distances = own_summaries(str(rows["task"][is_forced].iloc[0]), rows[is_forced])
