@@ -30,7 +30,7 @@ def main() -> None:
     if is_forced.any():
         distances = own_summaries(str(rows["task"][is_forced].iloc[0]), rows[is_forced])
         tables.write_csv(distances["distances"], target / f"{NAME}-distances.csv")
-    rows = rows[~is_forced]
+    rows = rows[~is_forced].dropna(axis=1, how="all")
     summary = summarise(rows)
     tables.write_csv(without_texts(rows), target / f"{NAME}.csv")
     tables.write_csv(summary, target / f"{NAME}-summary.csv")
