@@ -3,7 +3,7 @@
 A policy says which tokens stay, a codec says in how many bits. The engine keeps the newest tokens
 exact, hands over a block of tokens when they have aged out of that window (after eviction), and
 decodes one layer at a time for attention. A block is coded once and never again: what is evicted
-from it later is marked, and a block that has become half empty is packed anew from its codes.
+from it later is marked, and a block with too many gaps is packed anew from its codes.
 To add one: a file here with a ``Codec`` subclass, and ``conf/codec/<file name>.yaml``.
 
 Shape letters: M heads that code a block together, R rows (tokens) per head, D head dim, C blocks of

@@ -170,7 +170,6 @@ class Cell:
 
     def adopt(self, fit: "Fit") -> None:
         """Go on with what a budget in bytes came to; the identity stays as it was asked for."""
-        _ = self.identity  # settled before the codec changes
         self._fitted_tokens = fit.budget_tokens
         if fit.codec:
             self.codec = replace(self.codec, **fit.codec)

@@ -173,8 +173,9 @@ class CodedCache(LayerCache):
         if not 0 < num_rows <= _REPACK_BELOW * segment.block.num_rows:
             return segment
         # Live rows first, in order. A head with fewer of them than another fills up with dead ones.
-        order = np.argsort(~segment.rows, axis=1, kind="stable")[:, :num_rows]
-        alive = np.take_along_axis(segment.rows, order, axis=1)
+        alive = segment.rows
+        order = np.argsort(~alive, axis=1, kind="stable")[:, :num_rows]
+        alive = np.take_along_axis(alive, order, axis=1)
         rows = torch.from_numpy(order).to(self.keys.device)
         return replace(segment, block=self.codec.take(segment.block, rows)).only(alive)
 
@@ -218,9 +219,14 @@ class CodedCache(LayerCache):
             block = self.codec.encode(
                 self.keys[slot, heads, first:last], self.values[slot, heads, first:last], weights
             )
-            alive = np.ones((len(heads), size), dtype=bool)
-            empty = Segment(heads=tuple(heads), block=block, live=np.packbits(alive, 1), counts=())
-            self._segments[slot].append(empty.only(alive))
+            self._segments[slot].append(
+                Segment(
+                    heads=tuple(heads),
+                    block=block,
+                    live=np.packbits(np.ones((len(heads), size), dtype=bool), axis=1),
+                    counts=(size,) * len(heads),
+                )
+            )
         for head, num in enumerate(num_blocks):
             left = num_exact[head] - num * size
             for buffer in (self.keys, self.values):

@@ -46,9 +46,9 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per cell: scores with intervals, sizes, and what the bytes were spent on."""
     summary = compare_cells(rows)
     good = rows[rows["status"] == "ok"]
-    means = good.groupby(CELL, dropna=False)[_MEASURES].median().reset_index()
-    used = good.groupby(CELL, dropna=False)["codec"].first().reset_index()
-    return summary.merge(means, on=CELL).merge(used, on=CELL)
+    wanted = dict.fromkeys(_MEASURES, "median") | {"codec": "first"}
+    spent = good.groupby(CELL, dropna=False).agg(wanted).reset_index()
+    return summary.merge(spent, on=CELL)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ The arguments name a policy and a codec. A process of its own for each, so that 
 allocation can hide a later one. Linux only.
 """
 
-import ctypes
 import gc
 import json
 import sys
 
 from kvarena.harness.engine import Engine
+from kvarena.harness.heap import give_back_free_memory
 from kvarena.harness.models import load_model
 from kvarena.harness.registry import build, load_choice
 from kvarena.tasks.needle import Needle
@@ -37,7 +37,7 @@ def main() -> None:
     next(engine.generate([sample.prompt_token_ids[:64]], max_new_tokens=2))
     engine.layers.clear()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_free_memory()
     with open("/proc/self/clear_refs", "w") as control:
         control.write("5")  # the peak starts from here
     before = resident_bytes("VmRSS")

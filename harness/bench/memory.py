@@ -1,11 +1,12 @@
 """Peak memory of a piece of work beyond what was held before it."""
 
-import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from kvarena.harness.heap import give_back_free_memory
 
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -29,9 +30,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> dict[str, fl
     if not os.access(_CLEAR, os.W_OK):
         work()
         return {}
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # free memory that the process still holds would hide what is taken
-        trim(0)
+    give_back_free_memory()  # what the process still holds would hide what is taken
     _CLEAR.write_text("5")  # the peak starts from here
     before = resident_bytes()
     work()

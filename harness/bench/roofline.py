@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kvarena.harness.bench.measure import Case, Variant, now_sec
 from kvarena.harness.bench.plan import Plan
-from kvarena.harness.bench.steps import FullSlots
+from kvarena.harness.bench.steps import warm_pass_sec
 from kvarena.harness.bench.subjects import Subject
 
 POLICY = "keydiff"
@@ -92,16 +92,14 @@ def rated_pass(
     moved_bytes = pass_bytes(subject.model, slots, cache_tokens)
 
     def run() -> dict[str, float]:
-        full = FullSlots(
+        pass_sec = warm_pass_sec(
             subject,
             policy,
             slots=slots,
             cache_tokens=cache_tokens,
-            passes=passes + 1,
+            passes=passes,
             chunk_tokens=chunk_tokens,
         )
-        full.run(1)
-        pass_sec = full.run(passes)
         return {
             "pass_sec": pass_sec,
             "flops_per_sec": flops / pass_sec,

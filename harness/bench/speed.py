@@ -2,7 +2,7 @@
 
 from kvarena.harness.bench.measure import Case, Variant
 from kvarena.harness.bench.memory import peak_bytes
-from kvarena.harness.bench.steps import FullSlots
+from kvarena.harness.bench.steps import warm_pass_sec
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.engine import Engine
 from kvarena.harness.registry import build, load_choice
@@ -76,16 +76,14 @@ def decode(
     """
 
     def write() -> dict[str, float]:
-        full = FullSlots(
+        pass_sec = warm_pass_sec(
             subject,
             policy,
             slots=slots,
             cache_tokens=cache_tokens,
-            passes=passes + 1,
+            passes=passes,
             attention=attention,
         )
-        full.run(1)
-        pass_sec = full.run(passes)
         return {"pass_sec": pass_sec, "decode_tokens_per_sec": slots / pass_sec}
 
     return Variant(

@@ -81,3 +81,27 @@ class FullSlots:
         for _ in range(passes):
             self.engine._step(self.sequences, Sampling(), _NOTHING)
         return (now_sec(device) - started) / passes
+
+
+def warm_pass_sec(
+    subject: Subject,
+    policy: str,
+    *,
+    slots: int,
+    cache_tokens: int,
+    passes: int,
+    chunk_tokens: int | None = None,
+    attention: str = "sdpa",
+) -> float:
+    """Mean seconds of ``passes`` in slots filled anew, after a first pass that is not timed."""
+    full = FullSlots(
+        subject,
+        policy,
+        slots=slots,
+        cache_tokens=cache_tokens,
+        passes=passes + 1,
+        chunk_tokens=chunk_tokens,
+        attention=attention,
+    )
+    full.run(1)
+    return full.run(passes)
