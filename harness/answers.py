@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvarena.harness.cell import Cell
+from kvarena.harness.byte_budget import Fit, tighter
+from kvarena.harness.cell import Allowance, Cell
 from kvarena.harness.engine import Engine
+from kvarena.harness.errors import UsageError
 from kvarena.harness.fidelity import forced_answers
 from kvarena.harness.kv_bytes import compression
 from kvarena.harness.progress import TokenProgress
@@ -18,20 +20,46 @@ from kvarena.harness.requests import stop_tokens
 from kvarena.harness.sequence import Generation
 from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
 
+Planned = tuple[Sample, Allowance]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A cell with what it needs to run; cache_dir: what cells share."""
+    """A cell with what it needs to run; fit: of a budget in bytes; cache_dir: what cells share."""
 
     cell: Cell
     model: PreTrainedModel
     tokenizer: Tokenizer
+    fit: Fit | None
     cache_dir: Path
 
     def rows(self, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-        """One finished row per sample, as they end; stops at the first that fails."""
-        produce = _forced_rows if self.cell.task.is_teacher_forced else _answer_rows
-        return produce(self, samples)
+        """One finished row per sample, as they end; stops at the first that fails.
+
+        A sample that held more bytes than the budget allows runs again with less, until it fits.
+        """
+        planned = [(sample, self.allowance(sample)) for sample in samples]
+        while planned:
+            again: list[Planned] = []
+            by_id = {sample.id: (sample, allowed) for sample, allowed in planned}
+            for row in self._rows_once(planned):
+                sample, allowed = by_id[row["sample_id"]]
+                try:
+                    less = self._less(row, allowed)
+                except UsageError as error:  # of this sample; others may fit
+                    yield settings_of(self.cell, sample, allowed) | failure(error)
+                    continue
+                if less is None:
+                    yield row
+                else:
+                    again.append((sample, less))
+            planned = again
+
+    def allowance(self, sample: Sample) -> Allowance:
+        """What the sample may hold, by the cell's budget."""
+        if self.fit is not None:
+            return self.fit.allowance(self.cell.codec)
+        return Allowance(budget_tokens=self.cell.budget_tokens(sample), codec=self.cell.codec)
 
     def stop_token_ids(self, sample: Sample) -> set[int]:
         """The model's own stop tokens, and a newline where the task says so."""
@@ -40,13 +68,26 @@ class Job:
             stops.add(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
         return stops
 
+    def _rows_once(self, planned: Sequence[Planned]) -> Iterator[dict[str, Any]]:
+        # A codec becomes coarser by one setting each time, for all samples that are left.
+        assert len({repr(allowed.codec) for _, allowed in planned}) == 1, "one engine, one codec"
+        produce = _forced_rows if self.cell.task.is_teacher_forced else _answer_rows
+        return produce(self, planned)
 
-def _answer_rows(job: Job, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    cell = job.cell
+    def _less(self, row: dict[str, Any], allowed: Allowance) -> Allowance | None:
+        """What to try instead where the row is over the budget in bytes; else None."""
+        limit = self.cell.bound.bytes
+        if limit is None or row["kv_bytes_kept"] <= limit:
+            return None
+        return tighter(self.cell, allowed, row["kv_bytes_kept"])
+
+
+def _answer_rows(job: Job, planned: Sequence[Planned]) -> Iterator[dict[str, Any]]:
+    cell, samples = job.cell, [sample for sample, _ in planned]
     engine = Engine(
         job.model,
         cell.policy,
-        codec=cell.codec,
+        codec=planned[0][1].codec,
         kv_dtype=cell.torch_kv_dtype,
         chunk_tokens=cell.chunk_tokens,
         slots=cell.slots,
@@ -57,7 +98,7 @@ def _answer_rows(job: Job, samples: Sequence[Sample]) -> Iterator[dict[str, Any]
         for generation in engine.generate(
             [sample.prompt_token_ids for sample in samples],
             max_new_tokens=[sample.max_new_tokens for sample in samples],
-            budgets=[cell.budget_tokens(sample) for sample in samples],
+            budgets=[allowed.budget_tokens for _, allowed in planned],
             question_tokens=[cell.question_tokens(sample) for sample in samples],
             stop_token_ids=[job.stop_token_ids(sample) for sample in samples],
             min_new_tokens=[int(sample.stop_newline) for sample in samples],
@@ -66,27 +107,29 @@ def _answer_rows(job: Job, samples: Sequence[Sample]) -> Iterator[dict[str, Any]
             as_completed=True,
             on_pass=progress.advance,
         ):
-            sample = samples[generation.index]
-            row = _row(job, sample, generation, len(samples))
+            sample, allowed = planned[generation.index]
+            row = _row(job, sample, allowed, generation, len(samples))
             if row["status"] == "ok":
                 finished = generation.finish_reason == "stop"
                 row |= score(cell.task, sample, row["prediction"], finished=finished)
             yield row
 
 
-def _forced_rows(job: Job, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    cell = job.cell
+def _forced_rows(job: Job, planned: Sequence[Planned]) -> Iterator[dict[str, Any]]:
+    cell, samples = job.cell, [sample for sample, _ in planned]
     for generation, measures in forced_answers(
         cell,
         job.model,
         job.tokenizer,
         samples,
-        budgets=[cell.budget_tokens(sample) for sample in samples],
+        codec=planned[0][1].codec,
+        budgets=[allowed.budget_tokens for _, allowed in planned],
         question_tokens=[cell.question_tokens(sample) for sample in samples],
         stop_token_ids=[job.stop_token_ids(sample) for sample in samples],
         cache_dir=job.cache_dir / "fidelity",
     ):
-        row = _row(job, samples[generation.index], generation, len(samples))
+        sample, allowed = planned[generation.index]
+        row = _row(job, sample, allowed, generation, len(samples))
         yield row | measures if row["status"] == "ok" else row
 
 
@@ -98,14 +141,25 @@ def score(task: Task, sample: Sample, text: str, *, finished: bool) -> dict[str,
         return {"status": "score_error", "error": f"{type(error).__name__}: {error}"}
 
 
-def settings_of(cell: Cell, sample: Sample) -> dict[str, Any]:
+def failure(error: Exception) -> dict[str, Any]:
+    """What a row says of a sample without an answer: status oom or error."""
+    causes = (error, error.__cause__)
+    is_memory = any(isinstance(one, MemoryError | torch.OutOfMemoryError) for one in causes) or (
+        "can't allocate memory" in str(error)  # how torch says it on the CPU
+    )
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return {"status": "oom" if is_memory else "error", "error": text}
+
+
+def settings_of(cell: Cell, sample: Sample, allowed: Allowance) -> dict[str, Any]:
     """What is known of a row before anything ran; results/README.md is the dictionary."""
     return {
         "task": cell.task.name,
         "task_version": cell.task.version,
         "model": cell.model.name,
-        "policy": cell.method_label,
-        "codec": cell.codec_used,
+        "policy": cell.method_label(allowed.codec),
+        "codec": cell.codec_label(allowed.codec),
+        "codec_asked": cell.codec_label(),
         "budget": cell.bound.label,
         "question": cell.question,
         "chunk": cell.chunk_tokens,
@@ -113,7 +167,6 @@ def settings_of(cell: Cell, sample: Sample) -> dict[str, Any]:
         "dtype": cell.dtype_name,
         "kv_dtype": cell.kv_dtype_name,
         "device": cell.device,
-        "attention": _kernel(cell),
         "seed": cell.seed,
         "commit": commit_label(),
         "sample_id": sample.id,
@@ -121,15 +174,9 @@ def settings_of(cell: Cell, sample: Sample) -> dict[str, Any]:
         "part": sample.part,
         "references": list(sample.references),
         "prompt_tokens": len(sample.prompt_token_ids),
-        "budget_tokens": cell.budget_tokens(sample) if cell.policy.evicts else None,
+        "budget_tokens": allowed.budget_tokens if cell.policy.evicts else None,
         **{f"meta_{name}": value for name, value in sample.meta.items()},
     }
-
-
-def _kernel(cell: Cell) -> str:
-    """The kernel that ran: on a CPU, attention mass comes from weights that are written out."""
-    writes_out = cell.policy.needs.attention_mass and torch.device(cell.device).type == "cpu"
-    return "reference" if writes_out else cell.attention
 
 
 def _evicted(generation: Generation) -> bool:
@@ -138,17 +185,20 @@ def _evicted(generation: Generation) -> bool:
     return generation.budget_tokens is not None and num_fed > generation.budget_tokens
 
 
-def _row(job: Job, sample: Sample, generation: Generation, num_samples: int) -> dict[str, Any]:
+def _row(
+    job: Job, sample: Sample, allowed: Allowance, generation: Generation, num_samples: int
+) -> dict[str, Any]:
     """One tidy row without its score."""
     text = job.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
     row = {
-        **settings_of(job.cell, sample),
+        **settings_of(job.cell, sample, allowed),
         "status": "ok",
         # Half a surrogate pair, which decoders can give, would break every table after.
         "prediction": text.encode("utf-8", "replace").decode(),
         "prompt_tokens": generation.prompt_tokens,
         "generated_tokens": len(generation.token_ids),
         "finish_reason": generation.finish_reason,
+        "attention": "+".join(generation.kernels),
         "kv_bytes_kept": generation.kv_bytes_kept,
         "kv_bytes_peak": generation.kv_bytes_peak,
         "kept_tokens": generation.kept_tokens,
@@ -163,9 +213,6 @@ def _row(job: Job, sample: Sample, generation: Generation, num_samples: int) -> 
         "compressed": _evicted(generation),
         "slots": min(job.cell.slots, num_samples),
     }
-    if generation.finish_reason == "invalid":
-        row |= {
-            "status": "invalid",
-            "error": f"logits were not finite after {len(generation.token_ids)} new tokens",
-        }
+    if generation.error is not None:
+        row |= {"status": "invalid", "error": generation.error}
     return row

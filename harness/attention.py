@@ -168,31 +168,33 @@ def attend_with_mass(
     values: Tensor,
     mask: Tensor | None,
     spec: AttentionSpec,
-    kernel: Kernel,
-) -> tuple[Tensor, Tensor]:
-    """Output [S, H, Q, D] and the attention mass [S, K, T] each key received, from one softmax.
+    *,
+    may_fuse: bool,
+) -> tuple[Tensor, Tensor, str]:
+    """Output [S, H, Q, D], the attention mass [S, K, T] each key received, and what computed them.
 
-    kernel: what attends when no mass is asked for. With any but ``attend_reference``, the weights
-    are not written out on CUDA, if Triton can be told all of the mask (triton_mass.py). Otherwise
-    they are, for one sequence at a time when Q > 1, so that they stay at [H, Q, T].
+    may_fuse: on CUDA, weights are not written out if Triton can be told all of the mask
+    (triton_mass.py): "triton". Otherwise they are: "reference", for one sequence at a time when
+    Q > 1, so that they stay at [H, Q, T].
     """
-    if kernel is not attend_reference and query.is_cuda and spec.is_causal_only:
+    if may_fuse and query.is_cuda and spec.is_causal_only:
         from kvarena.harness import triton_mass  # Triton comes with the CUDA builds of torch
 
         if triton_mass.serves(query):
-            return triton_mass.attend_with_mass(query, keys, values, spec.scaling)
+            return *triton_mass.attend_with_mass(query, keys, values, spec.scaling), "triton"
     if query.shape[2] > 1 and query.shape[0] > 1:
         parts = [
             attend_with_mass(
-                *one, None if mask is None else mask[i % mask.shape[0]][None], spec, kernel
+                *one, None if mask is None else mask[i % mask.shape[0]][None], spec, may_fuse=False
             )
             for i, one in enumerate(
                 zip(query.split(1), keys.split(1), values.split(1), strict=True)
             )
         ]
-        return torch.cat([out for out, _ in parts]), torch.cat([mass for _, mass in parts])
+        outputs, masses, _ = zip(*parts, strict=True)
+        return torch.cat(outputs), torch.cat(masses), "reference"
     weights = explicit_weights(query, keys, mask, spec)
-    return weighted_values(weights, values), weights.sum(dim=(2, 3))
+    return weighted_values(weights, values), weights.sum(dim=(2, 3)), "reference"
 
 
 def attend_with_weights(

@@ -1,42 +1,45 @@
 """One cell: the settings of one (task, model, policy, budget, seed), checked, and its samples."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from kvarena.codecs.base import Codec
 from kvarena.harness import models
 from kvarena.harness.budget import Budget, parse_budget
+from kvarena.harness.engine import ENGINE_VERSION
 from kvarena.harness.errors import UsageError
 from kvarena.harness.fingerprints import code_fingerprint, model_fingerprint
 from kvarena.harness.models import ModelSpec
-from kvarena.harness.registry import build, one_of
+from kvarena.harness.registry import build, choice_label, one_of
 from kvarena.harness.requests import check_budget, check_context
 from kvarena.harness.sampling import Sampling
 from kvarena.harness.shards import Shard
 from kvarena.policies.base import Policy
 from kvarena.tasks.base import Sample, Task, Tokenizer
 
-if TYPE_CHECKING:
-    from kvarena.harness.byte_budget import Fit
+
+@dataclass(frozen=True, kw_only=True)
+class Allowance:
+    """How one sample may be held: tokens per KV head (None: all), and the codec."""
+
+    budget_tokens: int | None
+    codec: Codec
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """Settings of one cell, checked for what can be checked before a model is loaded.
 
-    policy_label, codec_label: the name and the options that differ from its yaml; config is
-    the resolved configuration, kept for the record. Raises UsageError.
+    config is the resolved configuration, kept for the record. Raises UsageError.
     """
 
     task_settings: Mapping[str, Any]
     policy_settings: Mapping[str, Any]
-    policy_label: str
     codec_settings: Mapping[str, Any]
-    codec_label: str
     model: ModelSpec
     budget: str | int
     sampling: Sampling
@@ -58,34 +61,69 @@ class Cell:
             if value is not None and value < 1:
                 raise UsageError(f"{name.removesuffix('_tokens')} must be >= 1, got {value}")
         one_of("question", self.question, ["inside", "after", "first"])
-        self.task: Task = build(self.task_settings)
-        self.policy: Policy = build(self.policy_settings)
-        self.codec: Codec = build(self.codec_settings)
         if self.task.is_teacher_forced and not self.sampling.is_greedy:
             raise UsageError(f"{self.task.name} forces its answers; leave out sampling.temperature")
+        check_budget(self.policy, self.bound.tokens)
+        models.check_device(self.device)
+        models.check_attention(self.attention, self.device, self.torch_dtype)
+        assert self.codec_label(), "builds the codec, and so checks its options"
+
+    @cached_property
+    def task(self) -> Task:
+        return build(self.task_settings)
+
+    @cached_property
+    def policy(self) -> Policy:
+        return build(self.policy_settings)
+
+    @cached_property
+    def codec(self) -> Codec:
+        """As asked for; a budget in bytes may settle on a coarser one."""
+        return build(self.codec_settings)
+
+    @cached_property
+    def bound(self) -> Budget:
+        """The budget, or none for a policy that keeps everything."""
         budget = parse_budget(self.budget)
         # Bytes bind a policy that keeps everything through its codec; tokens cannot.
         binds = self.policy.evicts or budget.bytes is not None
-        self.bound: Budget = budget if binds else parse_budget("full")
-        self._fitted_tokens: int | None = None
-        self.codec_used = self.codec_label
-        check_budget(self.policy, self.bound.tokens)
-        models.check_device(self.device)
-        self.torch_dtype = models.resolve_dtype(self.dtype, self.device)
-        self.torch_kv_dtype = models.resolve_kv_dtype(self.kv_dtype)
-        models.check_attention(self.attention, self.device, self.torch_dtype)
+        return budget if binds else parse_budget("full")
+
+    @cached_property
+    def torch_dtype(self) -> torch.dtype:
+        return models.resolve_dtype(self.dtype, self.device)
+
+    @cached_property
+    def torch_kv_dtype(self) -> torch.dtype | None:
+        """None for the model's own."""
+        return models.resolve_kv_dtype(self.kv_dtype)
 
     @property
     def label(self) -> str:
         """The cell in a few words."""
         shard = f" shard {self.shard.label}" if self.shard else ""
-        return f"{self.task.name} {self.method_label} {self.bound.label}{shard}"
+        return f"{self.task.name} {self.method_label()} {self.bound.label}{shard}"
 
     @property
-    def method_label(self) -> str:
-        """The policy, and the codec if there is one: keydiff+kivi(bits=2)."""
-        is_plain = self.codec_label == "none"
-        return self.policy_label if is_plain else f"{self.policy_label}+{self.codec_label}"
+    def policy_label(self) -> str:
+        """The name and the options that differ from its yaml: keydiff(anchor=median)."""
+        return choice_label("policy", self.policy_settings)
+
+    def codec_label(self, used: Codec | None = None) -> str:
+        """As policy_label, of the codec asked for or of ``used``, a coarser one of its kind."""
+        used = used or self.codec
+        options = [option.name for option in fields(used)]
+        changed = {
+            name: getattr(used, name)
+            for name in options
+            if getattr(used, name) != getattr(self.codec, name)
+        }
+        return choice_label("codec", {**self.codec_settings, **changed})
+
+    def method_label(self, used: Codec | None = None) -> str:
+        """The policy, and the codec asked for or ``used`` if there is one: keydiff+kivi(bits=2)."""
+        codec = self.codec_label(used)
+        return self.policy_label if codec == "none" else f"{self.policy_label}+{codec}"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -101,7 +139,8 @@ class Cell:
         return {
             "task": {"name": self.task.name, "version": self.task.version, **self.task_settings},
             "policy": {"name": self.policy_label, **self.policy_settings},
-            "codec": {"name": self.codec_label, **self.codec_settings},
+            "codec": {"name": self.codec_label(), **self.codec_settings},
+            "engine": ENGINE_VERSION,
             "model": {"name": self.model.name, **vars(self.model)},
             "budget": {"name": self.bound.label},
             "question": self.question,
@@ -130,14 +169,17 @@ class Cell:
         """The data type of tokens that are not coded."""
         return str(self.torch_kv_dtype or self.torch_dtype).removeprefix("torch.")
 
-    def samples(self, tokenizer: Tokenizer) -> Sequence[Sample]:
-        """The first ``limit`` samples, each checked against the model's context and the budget."""
+    def all_samples(self, tokenizer: Tokenizer, limit: int | None = None) -> Sequence[Sample]:
+        """Those of the task, or the first ``limit`` of them. Raises UsageError."""
         try:
-            samples = self.task.samples(tokenizer, self.seed, self.limit)
+            samples = self.task.samples(tokenizer, self.seed, limit)
         except ValueError as error:
             raise UsageError(f"{self.task.name}: {error}") from error
-        if self.question == "first":
-            samples = [question_first(sample) for sample in samples]
+        return [question_first(s) for s in samples] if self.question == "first" else samples
+
+    def samples(self, tokenizer: Tokenizer) -> Sequence[Sample]:
+        """The first ``limit`` samples, each checked against the model's context and the budget."""
+        samples = self.all_samples(tokenizer, self.limit)
         limit_tokens = models.context_tokens(models.load_config(self.model))
         for sample in samples:
             if self.question != "inside" and not sample.question_tokens:
@@ -159,22 +201,12 @@ class Cell:
         return [s for s in samples if self.shard is None or self.shard.holds(s.id)]
 
     def budget_tokens(self, sample: Sample) -> int | None:
-        """Of one sample; None without a bound, or as long as one in bytes is not settled."""
-        if self.bound.bytes is not None:
-            return self._fitted_tokens
+        """Of one sample; None without a bound, or for one in bytes (byte_budget.py settles it)."""
         return self.bound.for_prompt(len(sample.prompt_token_ids))
 
     def question_tokens(self, sample: Sample) -> int:
         """Tokens held back from compression under question=after, else none."""
         return sample.question_tokens if self.question == "after" else 0
-
-    def adopt(self, fit: "Fit") -> None:
-        """Go on with what a budget in bytes came to; the identity stays as it was asked for."""
-        self._fitted_tokens = fit.budget_tokens
-        if fit.codec:
-            self.codec = replace(self.codec, **fit.codec)
-            changes = ",".join(f"{name}={value}" for name, value in fit.codec.items())
-            self.codec_used = f"{self.codec_label}[{changes}]"
 
 
 def question_first(sample: Sample) -> Sample:

@@ -7,6 +7,7 @@ positions go into two fixed rows; logits come out of a fixed tensor. Sampling an
 outside, and so does every step in which a slot reads its prompt or still fills up.
 """
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kvarena.harness.cache import LayerCache
 from kvarena.harness.engine import Engine
+from kvarena.harness.passes import Run
 from kvarena.harness.sequence import Sequence
 
 Work = list[tuple[int, Sequence, list[int]]]
@@ -21,13 +23,17 @@ Work = list[tuple[int, Sequence, list[int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class _Recorded:
-    """kind: what is equal in all steps that may replay it; inputs: [2, S]; logits: [S, V]."""
+    """kind: what is equal in all steps that may replay it; inputs: [2, S]; logits: [S, V].
+
+    runs: of the recorded step; what a pass observes lies in the graph's own tensors.
+    """
 
     kind: tuple[tuple[int, int], ...]
     layers: list[LayerCache]
     graph: torch.cuda.CUDAGraph
     inputs: Tensor
     logits: Tensor
+    runs: Seq[Run]
 
 
 class GraphEngine(Engine):
@@ -40,7 +46,7 @@ class GraphEngine(Engine):
     _recorded: _Recorded | None = None
     _last_kind: tuple[tuple[int, int], ...] | None = None
 
-    def _logits(self, inputs: Tensor, work: Work, rows_wanted: Tensor) -> Tensor:
+    def _logits(self, inputs: Tensor, work: Work, rows_wanted: Tensor) -> tuple[Tensor, Seq[Run]]:
         kind = tuple((slot, sequence.num_live) for slot, sequence, _ in work)
         is_steady = all(
             len(tokens) == 1 and sequence.kept_after(1) == sequence.num_live
@@ -58,7 +64,7 @@ class GraphEngine(Engine):
             known = self._recorded = self._record(kind, inputs, work, rows_wanted)
         known.inputs.copy_(inputs)
         known.graph.replay()
-        return known.logits.clone()  # the next replay writes over them
+        return known.logits.clone(), known.runs  # the next replay writes over the logits
 
     def _record(
         self, kind: tuple[tuple[int, int], ...], inputs: Tensor, work: Work, rows_wanted: Tensor
@@ -67,5 +73,7 @@ class GraphEngine(Engine):
         graph = torch.cuda.CUDAGraph()
         inputs = inputs.clone()
         with torch.cuda.graph(graph):
-            logits = super()._logits(inputs, work, rows_wanted)
-        return _Recorded(kind=kind, layers=self.layers, graph=graph, inputs=inputs, logits=logits)
+            logits, runs = super()._logits(inputs, work, rows_wanted)
+        return _Recorded(
+            kind=kind, layers=self.layers, graph=graph, inputs=inputs, logits=logits, runs=runs
+        )

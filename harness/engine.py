@@ -21,18 +21,21 @@ from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
 from kvarena.codecs.none import NoCodec
-from kvarena.harness.attention import KERNELS
 from kvarena.harness.cache import LayerCache
 from kvarena.harness.errors import UsageError
 from kvarena.harness.heap import give_back_free_memory
 from kvarena.harness.layer_stores import check_layers, count_bytes, new_layers
 from kvarena.harness.models import check_architecture, check_attention
-from kvarena.harness.passes import ARENA, ForwardPass, pack_runs
+from kvarena.harness.passes import ARENA, ForwardPass, Run, pack_runs
 from kvarena.harness.requests import StopTokens, check_budget, plan_sequences
 from kvarena.harness.rotary import KeyRotator
 from kvarena.harness.sampling import Sampling
 from kvarena.harness.sequence import Generation, KeptTokens, Sequence, in_order
 from kvarena.policies.base import Policy
+
+# Raised whenever a kept position, a token or a counted byte could change: it is part of a cell's
+# identity, so rows of another engine are never continued.
+ENGINE_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class Engine:
         self.chunk_tokens = chunk_tokens
         self.slots = slots
         self.layers: list[LayerCache] = []
-        self._kernel = KERNELS[attention]
+        self._attention = attention
         needs_rotator = policy.needs.rank_positions or policy.needs.new_tokens
         self._rotator = KeyRotator(model) if needs_rotator else None
 
@@ -199,7 +202,8 @@ class Engine:
                 deciding.append(sequence)
                 last_rows.append(end - 1)
         rows_wanted = list(range(len(row))) if recording.logits == "all" else last_rows
-        logits = self._forward(row, work, rows_wanted)
+        logits, runs = self._forward(row, work, rows_wanted)
+        self._observe(runs, {slot: sequence for slot, sequence, _ in work})
 
         for slot, sequence, tokens in work:
             num_touched = sequence.num_live + len(tokens)
@@ -229,14 +233,15 @@ class Engine:
                 deciding, chosen, broken.tolist(), strict=True
             ):
                 if is_broken:
-                    sequence.end_invalid(now_sec)
-                else:
+                    after = f"after {len(sequence.token_ids)} new tokens"
+                    sequence.end_invalid(now_sec, f"logits were not finite {after}")
+                elif not sequence.error:
                     sequence.add_token(token_id, now_sec)
         return len(row)
 
     def _forward(
         self, row: list[int], work: list[tuple[int, Sequence, list[int]]], rows_wanted: list[int]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Seq[Run]]:
         """Logits [len(rows_wanted), V] of the packed row; caches are written and evicted."""
         positions = [s.num_seen + i for _, s, tokens in work for i in range(len(tokens))]
         device = self.model.device
@@ -244,16 +249,31 @@ class Engine:
         inputs = torch.tensor([row, positions], device=device)  # [2, total]
         return self._logits(inputs, work, torch.tensor(rows_wanted, device=device).long())
 
+    def _observe(self, runs: Seq[Run], by_slot: dict[int, Sequence]) -> None:
+        """Note for each sequence what attended; end those whose scores were not finite."""
+        for run in runs:
+            broken = run.observed.first_layers_not_finite(run.num_sequences)
+            for slot, layer in zip(range(run.slots.start, run.slots.stop), broken, strict=True):
+                sequence = by_slot[slot]
+                sequence.kernels |= run.observed.kernels
+                if layer is not None:
+                    first, last = sequence.num_seen, sequence.num_seen + run.num_new - 1
+                    sequence.end_invalid(
+                        perf_counter(),
+                        f"policy {type(self.policy).__name__} gave scores that are not finite in "
+                        f"layer {layer}, in the pass of tokens {first} to {last}",
+                    )
+
     def _logits(
         self, inputs: Tensor, work: list[tuple[int, Sequence, list[int]]], rows_wanted: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Seq[Run]]:
         """``_forward`` from where its numbers are on the device; nothing in here waits for it."""
         tokens, position_ids = inputs.split(1)
         arena = ForwardPass(
             runs=pack_runs(work, position_ids[0]),
             layers=self.layers,
             policy=self.policy,
-            kernel=self._kernel,
+            attention=self._attention,
             rotator=self._rotator,
         )
         config = self.model.config.get_text_config()
@@ -269,7 +289,7 @@ class Engine:
             )
         finally:
             config._attn_implementation = before  # the model stays as the caller knows it
-        return output.logits[0]
+        return output.logits[0], arena.runs
 
     def _kept(self, slot: int, sequence: Sequence) -> KeptTokens:
         positions = [
@@ -285,6 +305,8 @@ class Engine:
             index=sequence.index,
             token_ids=sequence.token_ids,
             finish_reason=reason,
+            error=sequence.error,
+            kernels=tuple(sorted(sequence.kernels)),
             prompt_tokens=len(sequence.prompt),
             budget_tokens=sequence.budget_tokens,
             kept_tokens=sequence.most_kept,

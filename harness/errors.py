@@ -1,4 +1,4 @@
-"""The one exception that means "you asked for something impossible", not "kvarena has a bug"."""
+"""Errors that are not kvarena's own: bad input, and bugs of a policy."""
 
 
 class UsageError(ValueError):
@@ -6,6 +6,10 @@ class UsageError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class PolicyError(RuntimeError):
+    """A policy's own bug. The message is one line: which policy, where in its file, what it did."""
 
 
 class LockedError(UsageError):

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvarena.codecs.base import Codec
 from kvarena.harness.engine import Engine
 from kvarena.harness.files import replacing
 from kvarena.harness.progress import TokenProgress
@@ -94,6 +95,7 @@ def forced_answers(
     tokenizer: Tokenizer,
     samples: Seq[Sample],
     *,
+    codec: Codec,
     budgets: Seq[int | None],
     question_tokens: Seq[int],
     stop_token_ids: Seq[set[int]],
@@ -101,7 +103,8 @@ def forced_answers(
 ) -> Iterator[tuple[Generation, dict[str, Any]]]:
     """Each sample's forced answer under the cell's policy and what its row adds, as they end.
 
-    budgets, question_tokens: of the policy's run; stop_token_ids: of the full cache's own answers.
+    codec, budgets, question_tokens: of the policy's run; stop_token_ids: of the full cache's own
+    answers.
     """
     task = cast(ForcedTask, cell.task)
     engine = partial(Engine, model, chunk_tokens=cell.chunk_tokens, attention=cell.attention)
@@ -122,9 +125,7 @@ def forced_answers(
     _complete(full, references, f"{cell.label}, full cache first")
     del full  # with its buffers, before the policy's are made
 
-    policy_engine = engine(
-        cell.policy, codec=cell.codec, kv_dtype=cell.torch_kv_dtype, slots=cell.slots
-    )
+    policy_engine = engine(cell.policy, codec=codec, kv_dtype=cell.torch_kv_dtype, slots=cell.slots)
     prompts = [sample.prompt_token_ids for sample in samples]
     answers = [reference.read("token_ids").tolist() for reference in references]
     num_tokens = sum(map(len, prompts)) + sum(map(len, answers))

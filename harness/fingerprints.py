@@ -4,8 +4,11 @@ They are part of a cell's identity, so an edited policy or a retrained model in 
 never find the rows of the old one.
 """
 
+import ast
 import hashlib
+import importlib.util
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvarena.codecs.base import Codec
@@ -19,13 +22,48 @@ _TEXTS = {".json", ".jinja", ".txt", ".model", ".py"}
 
 
 def code_fingerprint(chosen: Policy | Codec, base: type) -> str:
-    """Of the files that define the class of a policy or codec and its parents below ``base``.
+    """Of the files that define the class of a policy or codec, and of what they import of kvarena.
 
     The files that a policy's options name, such as trained weights, count as well.
     """
-    files = {inspect.getfile(kind) for kind in type(chosen).__mro__[: -len(base.__mro__)]}
-    named = [getattr(chosen, option) for option in getattr(chosen, "file_options", ())]
-    return _digest(*(Path(file).read_bytes() for file in [*sorted(files), *named]))
+    found: set[Path] = set()
+    for kind in type(chosen).__mro__[: 1 - len(base.__mro__)]:
+        _add_imported(Path(inspect.getfile(kind)), found)
+    # By name within kvarena, so that one code has one hash wherever it is installed.
+    files = sorted(found, key=lambda path: path.parts[-2:])
+    named = [Path(getattr(chosen, option)) for option in getattr(chosen, "file_options", ())]
+    return _digest(*(path.read_bytes() for path in [*files, *named]))
+
+
+def _add_imported(path: Path, found: set[Path]) -> None:
+    """Add a file of Python and all files of kvarena that it imports, directly or through others."""
+    if path in found:
+        return
+    found.add(path)
+    for module in _imported_modules(path):
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.origin is not None:
+            _add_imported(Path(spec.origin), found)
+
+
+def _imported_modules(path: Path) -> Iterator[str]:
+    """Names of kvarena's modules in a file's import statements, wherever they stand."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # ``from package import name`` may name a module, whose package must exist to be asked.
+            children = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [node.module, *filter(_is_module, children)]
+        yield from (name for name in names if name.startswith("kvarena."))
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return name.startswith("kvarena.") and importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is a module, so it names what stands in that
+        return False
 
 
 def model_fingerprint(spec: ModelSpec) -> str:

@@ -8,9 +8,12 @@ Shape letters: S sequences of a run, H query heads, K KV heads, Q new tokens per
 and new tokens, D head dim.
 """
 
+import inspect
+import traceback
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +21,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from kvarena.harness import attention
-from kvarena.harness.attention import AttentionSpec, Kernel
+from kvarena.harness.attention import KERNELS, AttentionSpec
 from kvarena.harness.cache import LayerCache
-from kvarena.harness.errors import UsageError
+from kvarena.harness.errors import PolicyError, UsageError
 from kvarena.harness.rotary import KeyRotator
 from kvarena.harness.sequence import Sequence
-from kvarena.policies.base import LayerView, NewTokens, Policy
+from kvarena.policies.base import LayerView, NewTokens, OptionError, Policy
 
 ARENA = "kvarena"
 
@@ -32,13 +35,36 @@ ARENA = "kvarena"
 _HARMLESS = {"position_ids", "use_cache", "output_router_logits", "is_causal"}
 
 
+@dataclass(kw_only=True)
+class Observed:
+    """What a pass did to the sequences of one run, noted while it happened.
+
+    kernels: what computed attention outputs; score_sums: by layer, [S] sums of the policy's scores,
+    which are finite only if every score is.
+    """
+
+    kernels: set[str] = field(default_factory=set)
+    score_sums: dict[int, Tensor] = field(default_factory=dict)
+
+    def first_layers_not_finite(self, num_sequences: int) -> list[int | None]:
+        """Of each sequence, the first layer with a score that is no finite number; else None."""
+        if not self.score_sums:
+            return [None] * num_sequences
+        layers = list(self.score_sums)
+        is_broken = ~torch.stack(list(self.score_sums.values()), dim=1).isfinite()  # [S, layers]
+        if not is_broken.any():
+            return [None] * num_sequences
+        return [layers[row.index(True)] if any(row) else None for row in is_broken.tolist()]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Contiguous slots that do the same amount of work in this pass.
 
     row: their tokens in the packed row, slot after slot; num_live: tokens per head before the pass;
     num_kept: after it; budget_tokens: None if nothing is ever evicted; positions: [S, Q] of the new
-    tokens in the original text; text_tokens: of the longest text so far.
+    tokens in the original text; text_tokens: of the longest text so far; observed: filled in by
+    the pass.
     """
 
     slots: slice
@@ -49,6 +75,7 @@ class Run:
     budget_tokens: int | None
     positions: Tensor
     text_tokens: int
+    observed: Observed = field(default_factory=Observed)
 
     @property
     def num_sequences(self) -> int:
@@ -125,12 +152,15 @@ def _same_work(left: tuple[int, Sequence, int], right: tuple[int, Sequence, int]
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardPass:
-    """Everything the attention function needs; travels to it as a keyword argument of the model."""
+    """Everything the attention function needs; travels to it as a keyword argument of the model.
+
+    attention: name of the kernel in ``KERNELS`` for every layer that needs no weights.
+    """
 
     runs: Seq[Run]
     layers: Seq[LayerCache]
     policy: Policy
-    kernel: Kernel
+    attention: str
     rotator: KeyRotator | None = None
 
     def attend(
@@ -169,12 +199,17 @@ class ForwardPass:
         evicts = run.num_kept < run.num_tokens
         is_scored = evicts or bool(self.policy.columns)
         mass = rows = None
+        ran = self.attention
         if needs.attention_mass:
-            output, mass = attention.attend_with_mass(query, keys, values, mask, spec, self.kernel)
+            output, mass, ran = attention.attend_with_mass(
+                query, keys, values, mask, spec, may_fuse=self.attention != "reference"
+            )
         elif is_scored and needs.attention_rows >= run.num_new:
             output, rows = attention.attend_with_weights(query, keys, values, mask, spec)
+            ran = "reference"
         else:
-            output = self.kernel(query, keys, values, mask, spec)
+            output = KERNELS[self.attention](query, keys, values, mask, spec)
+        run.observed.kernels.add(ran)
 
         if is_scored:
             if needs.attention_rows and rows is None:
@@ -190,11 +225,33 @@ class ForwardPass:
                 columns=cache.columns(run.slots, run.num_tokens),
                 text_tokens=run.text_tokens,
             )
-            scores = self.policy.score(view)
+            scores = self._scores(view)
+            run.observed.score_sums[index] = scores.sum(dim=(1, 2))
             if evicts:
                 cache.evict(run.slots, self._protect(run, view, scores, spec), run.num_kept)
         cache.settle(run.slots, run.num_kept, query, run.positions, spec)
         return output
+
+    def _scores(self, view: LayerView) -> Tensor:
+        """The policy's scores [S, K, T] in float32. Raises PolicyError for what is none."""
+        policy, wanted = type(self.policy), view.positions.shape
+        try:
+            scores = self.policy.score(view)
+        except OptionError as error:
+            raise UsageError(f"{policy.__name__}: {error}") from error
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            where = _line_in(policy, error)
+            raise PolicyError(f"policy {policy.__name__} ({where}): {what}") from error
+        if not isinstance(scores, Tensor) or scores.shape != wanted:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise PolicyError(
+                f"policy {policy.__name__} ({_line_in(policy)}): score returned {got} in layer "
+                f"{view.layer}, not a tensor [S, K, T] of {tuple(wanted)}"
+            )
+        return scores.float()
 
     def _protect(self, run: Run, view: LayerView, scores: Tensor, spec: AttentionSpec) -> Tensor:
         """Scores [S, K, T] with the policy's protected tokens at +inf.
@@ -203,13 +260,10 @@ class ForwardPass:
         or not: nothing can ever attend to them.
         """
         positions = view.positions
-        assert scores.shape == positions.shape, (
-            f"{type(self.policy).__name__}.score returned {tuple(scores.shape)}, "
-            f"expected [S, K, T] = {tuple(positions.shape)}"
-        )
-        # Only protection is infinite: neither NaN nor a policy's own infinity may outrank it.
+        # Only protection is infinite. A sequence with other scores that are not finite ends as
+        # invalid after the pass; until then its slot must hold as many tokens as it should.
         largest = torch.finfo(torch.float32).max
-        scores = scores.float().nan_to_num(nan=-largest, posinf=largest, neginf=-largest)
+        scores = scores.nan_to_num(nan=-largest, posinf=largest, neginf=-largest)
         next_position = run.next_position
         assert run.budget_tokens is not None
         num_recent = self.policy.num_recent(run.budget_tokens)
@@ -254,6 +308,16 @@ class ForwardPass:
             moved = positions + run.num_evicted_before[:, None, None]
             positions = torch.where(positions < self.policy.sinks, moved, positions)
         return attention.visible_tokens(run.positions, positions, run.num_new, spec.sliding_window)
+
+
+def _line_in(policy: type[Policy], error: Exception | None = None) -> str:
+    """Where an error arose in a policy's file, or its ``score`` begins: policies/mine.py line 9."""
+    path = Path(inspect.getfile(policy))
+    line = inspect.getsourcelines(policy.score)[1]
+    for frame in traceback.extract_tb(error.__traceback__ if error else None):
+        if Path(frame.filename) == path and frame.lineno:
+            line = frame.lineno
+    return f"{path.parent.name}/{path.name} line {line}"
 
 
 def arena_attention(

@@ -45,6 +45,14 @@ def load_choice(group: str, name: str) -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
+def choice_label(group: str, settings: Mapping[str, Any]) -> str:
+    """The choice's name, and the options that differ from its yaml: keydiff(anchor=median)."""
+    name = settings["_target_"].split(".")[-2]
+    defaults = load_choice(group, name)
+    changed = [f"{key}={value}" for key, value in settings.items() if value != defaults.get(key)]
+    return f"{name}({','.join(changed)})" if changed else name
+
+
 def build(settings: Mapping[str, Any]) -> Any:  # Any: whatever class _target_ names
     """Make the object that ``_target_`` names from the other settings.
 

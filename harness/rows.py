@@ -20,11 +20,11 @@ def read_rows(
     """
     paths = list(cell_paths)
     identities = [read_manifest(path)["identity"] for path in paths]
+    found = [read_lines(path) for path in paths]
+    codecs = [{row["codec"] for row in rows if row.get("status") == "ok"} for rows in found]
+    labels = policy_labels(identities, codecs)
     frame = []
-    for path, policy, variant in zip(
-        paths, policy_labels(identities), variants(identities), strict=True
-    ):
-        rows = read_lines(path)
+    for path, rows, policy, variant in zip(paths, found, labels, variants(identities), strict=True):
         planned = read_status(path).get("num_planned", len(rows))
         if only is not None:
             rows = [row for row in rows if row["sample_id"] in only[path]]

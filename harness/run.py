@@ -153,9 +153,7 @@ def _cell(config: dict[str, Any]) -> "Cell":
     return Cell(
         task_settings=config["task"],
         policy_settings=config["policy"],
-        policy_label=_label("policy", config["policy"]),
         codec_settings=config["codec"],
-        codec_label=_label("codec", config["codec"]),
         model=ModelSpec(**config["model"]),
         budget=config["budget"],
         sampling=sampling,
@@ -171,16 +169,6 @@ def _cell(config: dict[str, Any]) -> "Cell":
         kv_dtype=config["kv_dtype"],
         config=config,
     )
-
-
-def _label(group: str, settings: dict[str, Any]) -> str:
-    """The choice's name, and the options that differ from its yaml: keydiff(anchor=median)."""
-    from kvarena.harness.registry import load_choice
-
-    name = settings["_target_"].split(".")[-2]
-    defaults = load_choice(group, name)
-    changed = [f"{key}={value}" for key, value in settings.items() if value != defaults.get(key)]
-    return f"{name}({','.join(changed)})" if changed else name
 
 
 def prepare_arguments(arguments: Sequence[str]) -> list[str]:

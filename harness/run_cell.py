@@ -1,5 +1,6 @@
 """Bring one cell's rows up to date: claim its folder, run what is missing, survive what fails."""
 
+import gc
 import hashlib
 import sys
 import traceback
@@ -15,11 +16,12 @@ import torch
 from transformers import PreTrainedModel
 
 from kvarena.harness import models
-from kvarena.harness.answers import Job, settings_of
+from kvarena.harness.answers import Job, failure, settings_of
 from kvarena.harness.byte_budget import fit_cell
 from kvarena.harness.cell import Cell
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import ModelSpec
+from kvarena.harness.provenance import now
 from kvarena.harness.results import CellFolder
 from kvarena.tasks.base import Sample
 
@@ -66,9 +68,15 @@ def run_cell(
         num_ok = 0
         try:
             model = _load_once(cell.model, cell.device, cell.dtype)
-            fit_cell(cell, model, all_samples, folder.path)
-            job = Job(cell=cell, model=model, tokenizer=tokenizer, cache_dir=results_dir / "cache")
-            for row in _rows_whatever_happens(job, missing):
+            in_bytes = cell.bound.bytes is not None
+            job = Job(
+                cell=cell,
+                model=model,
+                tokenizer=tokenizer,
+                fit=fit_cell(cell, model, tokenizer, folder.path) if in_bytes else None,
+                cache_dir=results_dir / "cache",
+            )
+            for row in _rows_whatever_happens(job, missing, folder.path):
                 folder.append(row)
                 num_ok += row["status"] == "ok"
         except BaseException as error:
@@ -89,10 +97,12 @@ def run_cell(
     )
 
 
-def _rows_whatever_happens(job: Job, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+def _rows_whatever_happens(
+    job: Job, samples: Sequence[Sample], folder: Path
+) -> Iterator[dict[str, Any]]:
     """A row per sample, as they end. Where one fails, those left run one by one.
 
-    Raises the error when the first few samples fail one after the other: then it is not theirs.
+    Gives up when the first few fail one after the other: then it is not theirs.
     """
     left = {sample.id: sample for sample in samples}
     try:
@@ -103,35 +113,47 @@ def _rows_whatever_happens(job: Job, samples: Sequence[Sample]) -> Iterator[dict
     except (UsageError, NotImplementedError):
         raise  # what cannot be run at all, said before any work
     except Exception as error:
-        _report_failure(job.cell, error)
+        _report_failure(job.cell, error, folder)
     num_ok, num_failed = len(samples) - len(left), 0
     for sample in list(left.values()):
         try:
             (row,) = job.rows([sample])
         except Exception as error:
             num_failed += 1
-            yield failed_row(job.cell, sample, error)
+            _forget(error)
+            yield settings_of(job.cell, sample, job.allowance(sample)) | failure(error)
             if num_failed == _GIVE_UP_AFTER and not num_ok:
-                raise
+                print(
+                    f"{job.cell.label}: gave up, the first {num_failed} samples all failed",
+                    file=sys.stderr,
+                )
+                return
         else:
             num_ok += 1
             yield row
 
 
-def failed_row(cell: Cell, sample: Sample, error: Exception) -> dict[str, Any]:
-    """A row that says why there is no answer: status oom or error."""
-    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "can't allocate memory" in str(error)  # how torch says it on the CPU
+def _report_failure(cell: Cell, error: Exception, folder: Path) -> None:
+    """Tell at once in one line; the rest goes to a file of the cell."""
+    path = folder / "errors.log"
+    with path.open("a") as log:
+        print(now(), file=log)
+        traceback.print_exception(error, file=log)
+    what = failure(error)["error"]
+    print(
+        f"{cell.label}: a sample failed; going on one by one\n{what}\n(more in {path})",
+        file=sys.stderr,
     )
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-    return settings_of(cell, sample) | {"status": "oom" if is_memory else "error", "error": text}
+    _forget(error)
 
 
-def _report_failure(cell: Cell, error: Exception) -> None:
-    """Tell at once, then let go of the frames, which hold the caches of all slots."""
-    print(f"{cell.label}: a sample failed; going on one by one", file=sys.stderr)
-    traceback.print_exception(error, file=sys.stderr)
-    traceback.clear_frames(error.__traceback__)
+def _forget(error: BaseException) -> None:
+    """Let go of the frames of an error and of its cause, which hold the caches of all slots."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -22,8 +22,10 @@ class KeptTokens:
 class Generation:
     """One finished sequence. Times are wall seconds as it saw them, with others beside it.
 
-    token_ids: new tokens, the stop token included; finish_reason: stop | length, or
-    invalid where logits were not numbers (the answer ends before that token).
+    token_ids: new tokens, the stop token included; finish_reason: stop | length, or invalid where
+    logits or a policy's scores were no finite numbers (the answer ends before that token); error
+    then says which.
+    kernels: what computed its attention outputs, observed: sdpa | flash | reference | triton.
     budget_tokens: None without a bound, which is always so for a policy that keeps everything.
     kept_tokens: most tokens a head held between passes.
     kv_bytes_kept: most bytes held between passes; kv_bytes_peak: most bytes at any moment, the
@@ -39,6 +41,8 @@ class Generation:
     index: int
     token_ids: list[int]
     finish_reason: str
+    error: str | None
+    kernels: tuple[str, ...]
     prompt_tokens: int
     budget_tokens: int | None
     kept_tokens: int
@@ -82,7 +86,8 @@ class Sequence:
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
-    is_invalid: bool = False
+    kernels: set[str] = field(default_factory=set)
+    error: str | None = None
 
     def places(self, chunk_tokens: int) -> int:
         """Places it can ever fill: its budget and a chunk, or all its tokens if they are fewer."""
@@ -135,15 +140,15 @@ class Sequence:
         self.last_token_at = now_sec
         self.token_ids.append(token_id)
 
-    def end_invalid(self, now_sec: float) -> None:
-        """Stop here: there are no numbers to choose the next token by."""
-        self.is_invalid = True
+    def end_invalid(self, now_sec: float, error: str) -> None:
+        """Stop here: there are no numbers to go on with."""
+        self.error = self.error or error
         self.first_token_at = self.first_token_at or now_sec
 
     @property
     def finish_reason(self) -> str | None:
         """stop | length | invalid, or None while it runs."""
-        if self.is_invalid:
+        if self.error:
             return "invalid"
         if self.forced is None and self.token_ids and self.token_ids[-1] in self.stop_token_ids:
             return "stop"

@@ -5,7 +5,7 @@ averaged. ``variant`` says what differs, for all cells of a task and model alike
 is still compared with the full cache under the same settings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from kvarena.harness.results import flat
@@ -34,9 +34,17 @@ def variants(identities: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def policy_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Policy and codec, and a hash where one name stands for several codes or default options."""
-    names = [_method(identity) for identity in identities]
+def policy_labels(
+    identities: Sequence[Mapping[str, Any]], codecs_used: Sequence[Collection[str]]
+) -> list[str]:
+    """Policy and codec, and a hash where one name stands for several codes or default options.
+
+    codecs_used: of each cell, what its rows say; for a budget in bytes, a codec may have become
+    coarser than it was asked for, in some samples (then both are named) or in all.
+    """
+    names = [
+        _method(identity, used) for identity, used in zip(identities, codecs_used, strict=True)
+    ]
     versions = [
         content_id(*[part for kind in ("policy", "codec") for part in _definition(identity, kind)])
         for identity in identities
@@ -52,9 +60,10 @@ def policy_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _method(identity: Mapping[str, Any]) -> str:
+def _method(identity: Mapping[str, Any], codecs_used: Collection[str]) -> str:
     """The policy's name, and the codec's if there is one."""
-    policy, codec = identity["policy"]["name"], identity.get("codec", {}).get("name", "none")
+    policy, asked = identity["policy"]["name"], identity.get("codec", {}).get("name", "none")
+    codec = "/".join(sorted(codecs_used)) or asked
     return str(policy) if codec == "none" else f"{policy}+{codec}"
 
 

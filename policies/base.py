@@ -26,6 +26,10 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+class OptionError(ValueError):
+    """An option does not suit the model, which ``score`` is the first to see: bad input, no bug."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """What the engine must hand over; what is not asked for is not computed.

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvarena.policies.base import LayerView, Needs, NewTokens, Policy, at_least_float32
+from kvarena.policies.base import LayerView, Needs, NewTokens, OptionError, Policy, at_least_float32
 
 
 def token_features(new: NewTokens) -> Tensor:
@@ -86,7 +86,7 @@ class Locret(Policy):
         found = [tuple(self._weights[name].shape) for name in names if name in self._weights]
         wanted = features.shape[-1], num_kv_heads
         if len(found) < 2 or (found[0][0], found[1][1]) != wanted:
-            raise ValueError(
+            raise OptionError(
                 f"heads: {self.heads!r} is of another model: in layer {layer} W1 and W2 are "
                 f"{found}, this model needs ({wanted[0]}, d_R) and (d_R, {wanted[1]})"
             )

@@ -1,6 +1,7 @@
 """A budget in bytes: the most tokens that fit, or a coarser codec, on the longest sample."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from kvarena.harness.budget import parse_budget
 from kvarena.harness.errors import UsageError
 from kvarena.harness.kv_bytes import values_per_token
 from kvarena.harness.models import load_config
-from kvarena.harness.registry import load_choice
+from kvarena.harness.registry import choice_label, load_choice
 from kvarena.harness.run_cell import run_cell
 from toy_folder import save_haystack, save_model_folder, toy_cell
 
@@ -70,12 +71,94 @@ def test_a_codec_keeps_more_tokens_in_the_same_bytes(
     assert 0.8 < longest["kv_bytes_kept"] / (1000 * kilobytes) <= 1
 
 
-def test_a_later_command_goes_on_with_the_same_tokens(folder: Path, tmp_path: Path) -> None:
-    first = run_cell(toy_cell(folder, budget="100kB", limit=1), tmp_path)
-    (tokens,) = {row["budget_tokens"] for row in rows_in(first.path)}
-    second = run_cell(toy_cell(folder, budget="100kB"), tmp_path)
-    assert second.path == first.path
-    assert [row["budget_tokens"] for row in rows_in(second.path)] == [tokens, tokens]
+@pytest.mark.parametrize(("policy", "codec", "budget"), [
+    ("keydiff", "none", "100kB"), ("keydiff", "kvcomp", "60kB"), ("full", "kivi", "80kB"),
+])  # fmt: skip
+def test_a_part_first_and_the_rest_later_give_the_rows_of_the_whole(
+    policy: str, codec: str, budget: str, folder: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"budget": budget, "limit": None}
+    if codec != "none":
+        settings["codec_settings"] = small(codec) | ({"bits": 4} if codec == "kivi" else {})
+
+    def rows_of(results: Path, **changes: Any) -> list[dict[str, Any]]:
+        cell = toy_cell(folder, policy, codec, **(settings | changes))
+        times = ("ttft_sec", "decode_tokens_per_sec", "slots")
+        rows = rows_in(run_cell(cell, results).path)
+        return [{k: v for k, v in row.items() if k not in times} for row in rows]
+
+    # The first sample is the shorter one: alone, more tokens or finer codes would fit.
+    (first,) = rows_of(tmp_path / "parts", limit=1)
+    parts = rows_of(tmp_path / "parts")
+    whole = rows_of(tmp_path / "whole")
+    assert parts[0] == first
+    assert sorted(parts, key=lambda row: row["sample_id"]) == sorted(
+        whole, key=lambda row: row["sample_id"]
+    )
+    assert first["prompt_tokens"] < max(row["prompt_tokens"] for row in whole)
+    assert all(row["kv_bytes_kept"] <= 1000 * int(budget[:-2]) for row in whole)
+
+
+def test_a_fit_says_what_it_does_while_it_measures(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_cell(toy_cell(folder, budget="100kB"), tmp_path)
+    told = [line for line in capsys.readouterr().err.splitlines() if "MB" in line or "find" in line]
+    assert told[0].startswith("needle keydiff 100kB: finding how many tokens fit on the longest")
+    assert re.fullmatch(r"needle keydiff 100kB: \d+ tokens take 0\.\d\d MB", told[1])
+
+
+def too_generous(path: Path, **changes: Any) -> None:
+    """Make the kept fit allow more than its measurement did."""
+    found = json.loads((path / "fit.json").read_text())
+    (path / "fit.json").write_text(json.dumps(found | changes))
+    (path / "samples.jsonl").unlink()
+
+
+def test_a_sample_over_its_bytes_runs_again_with_fewer_tokens(folder: Path, tmp_path: Path) -> None:
+    cell = toy_cell(folder, budget="100kB")
+    path = run_cell(cell, tmp_path).path
+    tokens = rows_in(path)[0]["budget_tokens"]
+    too_generous(path, budget_tokens=tokens + 40)
+    run_cell(cell, tmp_path)
+    for row in rows_in(path):
+        assert row["kv_bytes_kept"] <= 100_000
+        assert row["budget_tokens"] == tokens
+    assert len(rows_in(path)) == 2
+
+
+def test_a_sample_over_its_bytes_runs_again_under_a_coarser_codec(
+    folder: Path, tmp_path: Path
+) -> None:
+    settings = small("kivi", bits=4)
+    cell = toy_cell(folder, "full", "kivi", codec_settings=settings, budget="80kB")
+    path = run_cell(cell, tmp_path).path
+    before = rows_in(path)
+    too_generous(path, times_coarser=0)
+    run_cell(cell, tmp_path)
+    after = rows_in(path)
+    coarse = choice_label("codec", settings | {"bits": 2})
+    long_ones = [row for row in after if row["codec"] == coarse]
+    assert long_ones  # both, or the longer one
+    assert all(row["kv_bytes_kept"] <= 80_000 for row in [*before, *after])
+    assert all(row["policy"] == f"full+{row['codec']}" for row in after)
+
+
+def test_a_fit_on_another_length_is_measured_again(folder: Path, tmp_path: Path) -> None:
+    cell = toy_cell(folder, budget="100kB")
+    path = run_cell(cell, tmp_path).path
+    before = json.loads((path / "fit.json").read_text())
+    too_generous(path, budget_tokens=999, text_tokens=17)
+    run_cell(cell, tmp_path)
+    assert json.loads((path / "fit.json").read_text()) == before
+
+
+def test_an_answer_longer_than_its_prompt_counts_in_full(folder: Path, tmp_path: Path) -> None:
+    task = dict(toy_cell(folder).task_settings) | {"lengths": [240], "max_new_tokens": 300}
+    path = run_cell(toy_cell(folder, task_settings=task, budget="60kB"), tmp_path).path
+    fit = json.loads((path / "fit.json").read_text())
+    assert fit["text_tokens"] > 500
+    assert all(row["kv_bytes_kept"] <= 60_000 for row in rows_in(path))
 
 
 def test_a_policy_that_keeps_everything_takes_a_coarser_codec(folder: Path, tmp_path: Path) -> None:
@@ -88,8 +171,10 @@ def test_a_policy_that_keeps_everything_takes_a_coarser_codec(folder: Path, tmp_
     between = f"{(needed[4] + needed[2]) // 2000}kB"
     cell = toy_cell(folder, "full", "kivi", codec_settings=small("kivi", bits=4), budget=between)
     rows = rows_in(run_cell(cell, tmp_path).path)
-    assert {row["codec"] for row in rows} == {"kivi[bits=2]"}
-    assert {row["policy"] for row in rows} == {"full+kivi"}
+    ran = choice_label("codec", small("kivi", bits=2))
+    assert {row["codec"] for row in rows} == {ran}
+    assert {row["policy"] for row in rows} == {f"full+{ran}"}
+    assert {row["codec_asked"] for row in rows} == {choice_label("codec", small("kivi", bits=4))}
     assert max(row["kv_bytes_kept"] for row in rows) <= 1000 * int(between[:-2])
 
 

@@ -38,8 +38,10 @@ class Replays:
         self._engine, self._step, self._rows_wanted = engine, step, rows_wanted
 
     def replay(self) -> None:
-        logits = Engine._logits(self._engine, self._step.inputs, self._work, self._rows_wanted)
+        fixed = self._step.inputs, self._work, self._rows_wanted
+        logits, runs = Engine._logits(self._engine, *fixed)
         self._step.logits.copy_(logits)
+        self._step.runs[:] = runs
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         if DEVICE == "cuda":
             step = record(engine, kind, inputs, work, rows_wanted)
         else:
-            fixed = {"inputs": inputs.clone(), "logits": torch.empty(len(work), VOCAB)}
+            fixed = {"inputs": inputs.clone(), "logits": torch.empty(len(work), VOCAB), "runs": []}
             step = _Recorded(kind=kind, layers=engine.layers, graph=None, **fixed)
             object.__setattr__(step, "graph", Replays(engine, work, step, rows_wanted))
         replay = step.graph.replay
@@ -82,6 +84,7 @@ def test_replayed_steps_give_the_same_answers(
     for one, other in zip(answers(Engine), answers(GraphEngine), strict=True):
         assert one.token_ids == other.token_ids
         torch.testing.assert_close(one.logits, other.logits)
+        assert one.kernels == other.kernels
         for left, right in zip(one.kept_history, other.kept_history, strict=True):
             torch.testing.assert_close(left.positions, right.positions)
     if name == "full":

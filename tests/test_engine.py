@@ -1,16 +1,19 @@
 """The engine's promises: bounded memory, independence of neighbours, odd prompts, stopping."""
 
 import math
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from kvarena.harness.attention import KERNELS
+from kvarena.harness.attention import KERNELS, attend_sdpa
 from kvarena.harness.cache import LayerCache
 from kvarena.harness.engine import Engine
-from kvarena.harness.errors import UsageError
+from kvarena.harness.errors import PolicyError, UsageError
 from kvarena.harness.registry import build, choices, load_choice
 from kvarena.harness.sampling import Sampling
+from kvarena.policies.base import LayerView
 from kvarena.policies.full import Full
 from kvarena.policies.keydiff import KeyDiff
 from kvarena.policies.streaming_llm import StreamingLLM
@@ -142,10 +145,10 @@ def test_a_decoded_token_is_attended_once_by_a_policy_that_asks_for_the_weights(
 
     def kernel(query: torch.Tensor, *rest: object) -> torch.Tensor:
         num_queries.append(query.shape[2])
-        return KERNELS["sdpa"](query, *rest)
+        return attend_sdpa(query, *rest)
 
     engine = Engine(toy_model(), policy_named(name), budget_tokens=64, chunk_tokens=48)
-    monkeypatch.setattr(engine, "_kernel", kernel)
+    monkeypatch.setitem(KERNELS, "sdpa", kernel)
     list(engine.generate([toy_prompt(144)], max_new_tokens=10))
     assert set(num_queries) == {48}
 
@@ -259,19 +262,86 @@ def test_logits_that_are_no_numbers_end_the_answer_as_invalid(
     untouched = answers()
     forward = Engine._forward
 
-    def poisoned(engine: Engine, row: list, work: list, rows_wanted: list) -> torch.Tensor:
-        logits = forward(engine, row, work, rows_wanted).clone()
+    def poisoned(engine: Engine, row: list, work: list, rows_wanted: list) -> tuple:
+        logits, runs = forward(engine, row, work, rows_wanted)
+        logits = logits.clone()
         deciding = [s for _, s, t in work if s.num_seen + len(t) >= len(s.prompt)]
         for i, sequence in enumerate(deciding):
             if sequence.index == 0 and len(sequence.token_ids) == 2:
                 logits[i, where] = bad
-        return logits
+        return logits, runs
 
     monkeypatch.setattr(Engine, "_forward", poisoned)
     broken, neighbour = answers()
     assert broken.finish_reason == "invalid"
     assert broken.token_ids == untouched[0].token_ids[:2]
     assert neighbour.token_ids == untouched[1].token_ids
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_no_numbers_end_the_answer_and_name_policy_layer_and_pass(
+    bad: float,
+) -> None:
+    class Broken(KeyDiff):
+        def score(self, view: LayerView) -> torch.Tensor:
+            scores = super().score(view)
+            longest = view.positions.amax(dim=(1, 2)) >= 64  # of the longer prompt only
+            if view.layer == 1:
+                scores[longest, :, 3] = bad
+            return scores
+
+    model, prompts = toy_model(), [toy_prompt(100), toy_prompt(40, seed=1)]
+    options = {"budget_tokens": 32, "chunk_tokens": 16, "slots": 2}
+    _, alone = Engine(model, KeyDiff(), **options).generate(prompts, max_new_tokens=4)
+    broken, neighbour = Engine(model, Broken(), **options).generate(prompts, max_new_tokens=4)
+    assert broken.finish_reason == "invalid"
+    assert broken.token_ids == []
+    assert broken.error == (
+        "policy Broken gave scores that are not finite in layer 1, in the pass of tokens 52 to 67"
+    )
+    assert neighbour.error is None
+    assert neighbour.token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize(
+    ("score", "what"),
+    [
+        (lambda policy, view: None, "score returned NoneType in layer 0, not a tensor [S, K, T]"),
+        (lambda policy, view: view.positions[0].float(), "score returned (2, 48) in layer 0"),
+        (lambda policy, view: view.nothing, "AttributeError: 'LayerView' object has no attribute"),
+    ],
+    ids=["None", "shape", "exception"],
+)
+def test_a_policy_that_gives_no_scores_is_told_with_its_file_and_line(
+    score: Callable, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KeyDiff, "score", score)
+    engine = Engine(toy_model(), KeyDiff(), budget_tokens=32, chunk_tokens=16)
+    with pytest.raises(PolicyError) as told:
+        list(engine.generate([toy_prompt(64)], max_new_tokens=2))
+    assert re.match(r"policy KeyDiff \(policies/keydiff.py line \d+\): ", str(told.value))
+    assert what in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "ran"),
+    [
+        ("keydiff", "sdpa", ("sdpa",)),
+        ("keydiff", "reference", ("reference",)),
+        ("h2o", "sdpa", ("reference",)),
+        ("tova", "sdpa", ("reference", "sdpa")),
+        ("snapkv", "sdpa", ("reference", "sdpa")),
+    ],
+)
+def test_the_kernels_that_attended_are_observed(name: str, attention: str, ran: tuple) -> None:
+    """TOVA and SnapKV take their decode steps' output from the weights they ask for."""
+    options = {"budget_tokens": 40, "chunk_tokens": 48, "attention": attention}
+    engine = Engine(toy_model(), policy_named(name), **options)
+    short, long = engine.generate([toy_prompt(20), toy_prompt(96)], max_new_tokens=4)
+    assert long.kernels == ran
+    # Nothing of the short one is ever evicted, so its weights are asked for by H2O alone.
+    assert short.kernels == (("reference",) if "h2o" in name else (attention,))
 
 
 def test_the_model_is_left_as_it_was() -> None:

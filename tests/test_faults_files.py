@@ -278,7 +278,7 @@ def test_every_field_of_the_identity_makes_another_cell_or_is_refused(kvarena: K
     # What a user may set is in it; what changes no output is not.
     assert {name.partition(".")[0] for name in flat(identity)} == {
         *("schema", "task", "policy", "model", "budget", "question", "sampling", "seed"),
-        *("chunk", "attention", "device", "dtype", "kv_dtype", "codec", "content"),
+        *("chunk", "attention", "device", "dtype", "kv_dtype", "codec", "engine", "content"),
     }
 
 

@@ -4,6 +4,7 @@ T11  out of memory at one prompt     T20  a scorer that hangs or fails, a clock 
 T12  logits that are not numbers          and no network
 """
 
+import re
 import socket
 import time
 import weakref
@@ -151,9 +152,46 @@ def test_a_run_where_everything_fails_ends_after_three(kvarena: Kvarena) -> None
     hook_model(kvarena.monkeypatch, fail)
     outcome = kvarena("task.num_seeds=2")
     assert outcome.code == 1
-    assert outcome.err.rstrip().endswith("OutOfMemoryError: no room")
+    assert "gave up, the first 3 samples all failed" in outcome.err
+    assert "Traceback" not in outcome.err
     assert [row["status"] for row in kvarena.rows] == ["oom"] * 3
     assert counts(kvarena) == {"oom": 3}
+
+
+@pytest.mark.parametrize("kind", ["None", "shape", "exception"])
+def test_a_policys_bug_is_one_line_a_log_in_the_cell_and_no_score(
+    kind: str, kvarena: Kvarena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(policy: KeyDiff, view: LayerView) -> Any:
+        if kind == "exception":
+            raise KeyError("nothing of that name")
+        return None if kind == "None" else view.keys
+
+    monkeypatch.setattr(KeyDiff, "score", score)
+    outcome = kvarena()
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.err
+    assert outcome.err.count("PolicyError: policy KeyDiff (policies/keydiff.py line") == 1
+    rows = kvarena.rows
+    assert [row["status"] for row in rows] == ["error"] * 3
+    assert all("policies/keydiff.py line" in row["error"] for row in rows)
+    (log,) = kvarena.results.glob("runs/*/*/*/errors.log")
+    assert "Traceback" in log.read_text()
+    assert str(log) in outcome.err
+
+
+def test_scores_that_are_not_finite_are_invalid_samples_with_one_line(
+    kvarena: Kvarena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KeyDiff, "score", lambda policy, view: view.positions / 0.0)
+    assert kvarena().code == 1
+    told = (
+        r"policy KeyDiff gave scores that are not finite in layer 0, in the pass of tokens \d+ to"
+    )
+    for row in kvarena.rows:
+        assert row["status"] == row["finish_reason"] == "invalid"
+        assert re.match(told, row["error"])
+        assert "score" not in row
 
 
 # ---- T12 ----

@@ -98,6 +98,7 @@ def forced(
         toy_model(dtype=dtype),
         None,
         samples,
+        codec=NoCodec(),
         budgets=[budget] * len(samples),
         question_tokens=[question_tokens] * len(samples),
         stop_token_ids=[set(stops)] * len(samples),
@@ -456,9 +457,7 @@ def toy_cell(files: tuple[Path, Path], policy: str = "keydiff", **changes: Any) 
     settings = {
         "task_settings": {**task, **changes.pop("task", {})},
         "policy_settings": load_choice("policy", policy),
-        "policy_label": policy,
         "codec_settings": load_choice("codec", "none"),
-        "codec_label": "none",
         "model": ModelSpec(name="toy", source=str(files[0])),
         "budget": 64,
         "sampling": Sampling(),

@@ -168,25 +168,28 @@ def test_on_cuda_mass_comes_from_the_kernel_unless_it_cannot_know_the_mask(
         triton_mass, "attend_with_mass", lambda *args: calls.append(args) or kernel(*args)
     )
 
-    def calls_kernel(spec: AttentionSpec, dtype: torch.dtype, attend: attention.Kernel) -> bool:
+    def calls_kernel(spec: AttentionSpec, dtype: torch.dtype, *, may_fuse: bool = True) -> bool:
         calls.clear()
         query, keys, values = random_qkv(1, 4, 2, 3, 20, 16, dtype)
         mask = causal_mask(keys, 3)
-        expected = attention.attend_with_mass(query, keys, values, mask, spec, attend_reference)
+        inputs = (keys, values, mask, spec)
+        *expected, written_out = attention.attend_with_mass(query, *inputs, may_fuse=False)
+        assert written_out == "reference"
         query = query.as_subclass(OnCuda)
-        got = attention.attend_with_mass(query, keys, values, mask, spec, attend)
+        *got, ran = attention.attend_with_mass(query, *inputs, may_fuse=may_fuse)
         for part, wanted in zip(got, expected, strict=True):
             torch.testing.assert_close(part.as_subclass(Tensor), wanted, atol=1e-4, rtol=1e-4)
+        assert ran == ("triton" if calls else "reference")
         return bool(calls)
 
     plain, dtype = AttentionSpec(scaling=0.25), torch.float32
-    assert calls_kernel(plain, dtype, attend_sdpa)
-    assert not calls_kernel(plain, dtype, attend_reference)
-    assert not calls_kernel(plain, torch.float64, attend_sdpa)
-    assert not calls_kernel(AttentionSpec(scaling=0.25, softcap=5.0), dtype, attend_sdpa)
-    assert not calls_kernel(AttentionSpec(scaling=0.25, sliding_window=8), dtype, attend_sdpa)
+    assert calls_kernel(plain, dtype)
+    assert not calls_kernel(plain, dtype, may_fuse=False)
+    assert not calls_kernel(plain, torch.float64)
+    assert not calls_kernel(AttentionSpec(scaling=0.25, softcap=5.0), dtype)
+    assert not calls_kernel(AttentionSpec(scaling=0.25, sliding_window=8), dtype)
     sinks = AttentionSpec(scaling=0.25, sink_logits=torch.zeros(4, device=DEVICE))
-    assert not calls_kernel(sinks, dtype, attend_sdpa)
+    assert not calls_kernel(sinks, dtype)
 
 
 @pytest.mark.parametrize(("num_queries", "num_tokens"), [(5, 33), (9, 9)])

@@ -26,7 +26,7 @@ def test_cells_that_differ_in_nothing_else_have_no_variant() -> None:
         identity(seed=1),
     ]
     assert variants(cells) == [""] * 4
-    assert policy_labels(cells) == ["keydiff", "h2o", "keydiff", "keydiff"]
+    assert policy_labels(cells, [()] * 4) == ["keydiff", "h2o", "keydiff", "keydiff"]
 
 
 def test_a_setting_with_two_values_is_named_for_all_cells_of_its_task_and_model() -> None:
@@ -48,7 +48,17 @@ def test_long_values_with_one_beginning_stay_apart() -> None:
 def test_one_name_for_two_codes_or_default_options_gets_a_hash() -> None:
     edited = identity(content={"policy": "ffff", "data": "x"})
     defaults = identity(policy={"name": "keydiff", "sinks": 4})
-    labels = policy_labels([identity(), edited, defaults, identity()])
+    labels = policy_labels([identity(), edited, defaults, identity()], [()] * 4)
     assert len(set(labels)) == 3
     assert labels[0] == labels[3]
     assert all(label.startswith("keydiff@") for label in labels)
+
+
+def test_a_label_names_the_codec_that_ran_not_the_one_asked_for() -> None:
+    asked = identity(codec={"name": "kivi", "bits": 4})
+    used = [{"kivi(bits=2)"}, {"kivi", "kivi(bits=2)"}, set()]
+    assert policy_labels([asked] * 3, used) == [
+        "keydiff+kivi(bits=2)",
+        "keydiff+kivi/kivi(bits=2)",
+        "keydiff+kivi",
+    ]

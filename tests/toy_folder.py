@@ -60,9 +60,7 @@ def toy_cell(folder: Path, policy: str = "keydiff", codec: str = "none", **chang
     settings = {
         "task_settings": load_choice("task", "needle") | task | {"max_new_tokens": 6},
         "policy_settings": load_choice("policy", policy),
-        "policy_label": policy,
         "codec_settings": load_choice("codec", codec),
-        "codec_label": codec,
         "model": ModelSpec(name="toy", source=str(folder / "toy")),
         "budget": "64",
         "sampling": Sampling(),

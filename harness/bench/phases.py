@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 from kvarena.harness import attention, cache
+from kvarena.harness.attention import KERNELS
 from kvarena.harness.bench.measure import Case, Variant, now_sec
 from kvarena.harness.bench.plan import POLICIES, Plan
 from kvarena.harness.bench.steps import FullSlots
@@ -81,12 +82,13 @@ def clocks(engine: Engine) -> Iterator[PhaseClock]:
     clock = PhaseClock(engine.model.device)
     points = (
         *FUNCTIONS,
-        ("attention", engine, "_kernel"),
         ("score", engine.policy, "score"),
         ("model", engine.model, "forward"),
         ("bookkeeping", engine, "_step"),
     )
     with ExitStack() as patches:
+        kernels = {name: clock.wrap("attention", kernel) for name, kernel in KERNELS.items()}
+        patches.enter_context(mock.patch.dict(KERNELS, kernels))
         for phase, owner, name in points:
             timed = clock.wrap(phase, getattr(owner, name))
             patches.enter_context(mock.patch.object(owner, name, timed))
