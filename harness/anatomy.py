@@ -28,13 +28,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvarena.harness.engine import Engine
+from kvarena.harness.engine.sequence import KeptTokens
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.key_geometry import KeyProbe, agreement
 from kvarena.harness.models import load_model
 from kvarena.harness.provenance import provenance
 from kvarena.harness.registry import build, choices, load_choice
-from kvarena.harness.sequence import KeptTokens
 from kvarena.tasks.base import Sample, Tokenizer
 from kvarena.tasks.needle import Needle
 

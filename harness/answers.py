@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from kvarena.harness.byte_budget import Fit, tighter
 from kvarena.harness.cell import Allowance, Cell
 from kvarena.harness.engine import Engine
+from kvarena.harness.engine.request import stop_tokens
+from kvarena.harness.engine.sequence import Generation
 from kvarena.harness.errors import UsageError
 from kvarena.harness.fidelity import forced_answers
 from kvarena.harness.kv_bytes import compression
 from kvarena.harness.progress import TokenProgress
 from kvarena.harness.provenance import commit_label
-from kvarena.harness.requests import stop_tokens
-from kvarena.harness.sequence import Generation
 from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
 
 Planned = tuple[Sample, Allowance]

@@ -19,6 +19,7 @@ from kvarena.codecs.base import Codec
 from kvarena.harness import models
 from kvarena.harness.cell import Allowance, Cell
 from kvarena.harness.engine import Engine
+from kvarena.harness.engine.limits import context_tokens
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.kv_bytes import bytes_per_token
@@ -104,7 +105,7 @@ def _longest_text(cell: Cell, tokenizer: Tokenizer) -> list[int]:
     samples = cell.all_samples(tokenizer)
     longest = max(samples, key=lambda s: len(s.prompt_token_ids) + s.max_new_tokens)
     num_tokens = len(longest.prompt_token_ids) + longest.max_new_tokens - 1
-    context = models.context_tokens(models.load_config(cell.model))
+    context = context_tokens(models.load_config(cell.model))
     if context is not None:  # whatever is longer than that cannot run
         num_tokens = min(num_tokens, context - _num_forced(cell.codec))
     return list(islice(cycle(longest.prompt_token_ids), num_tokens))

@@ -11,12 +11,17 @@ from kvarena.codecs.base import Codec
 from kvarena.harness import models
 from kvarena.harness.budget import Budget, parse_budget
 from kvarena.harness.engine import ENGINE_VERSION
+from kvarena.harness.engine.limits import (
+    check_attention,
+    check_budget,
+    check_context,
+    context_tokens,
+)
+from kvarena.harness.engine.sampling import Sampling
 from kvarena.harness.errors import UsageError
 from kvarena.harness.fingerprints import code_fingerprint, model_fingerprint
 from kvarena.harness.models import ModelSpec
 from kvarena.harness.registry import build, choice_label, one_of
-from kvarena.harness.requests import check_budget, check_context
-from kvarena.harness.sampling import Sampling
 from kvarena.harness.shards import Shard
 from kvarena.policies.base import Policy
 from kvarena.tasks.base import Sample, Task, Tokenizer
@@ -65,7 +70,7 @@ class Cell:
             raise UsageError(f"{self.task.name} forces its answers; leave out sampling.temperature")
         check_budget(self.policy, self.bound.tokens)
         models.check_device(self.device)
-        models.check_attention(self.attention, self.device, self.torch_dtype)
+        check_attention(self.attention, self.device, self.torch_dtype)
         assert self.codec_label(), "builds the codec, and so checks its options"
 
     @cached_property
@@ -180,7 +185,7 @@ class Cell:
     def samples(self, tokenizer: Tokenizer) -> Sequence[Sample]:
         """The first ``limit`` samples, each checked against the model's context and the budget."""
         samples = self.all_samples(tokenizer, self.limit)
-        limit_tokens = models.context_tokens(models.load_config(self.model))
+        limit_tokens = context_tokens(models.load_config(self.model))
         for sample in samples:
             if self.question != "inside" and not sample.question_tokens:
                 raise UsageError(

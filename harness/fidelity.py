@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
 from kvarena.harness.engine import Engine
+from kvarena.harness.engine.sequence import Generation, KeptTokens
 from kvarena.harness.files import replacing
 from kvarena.harness.progress import TokenProgress
 from kvarena.harness.registry import build, load_choice
-from kvarena.harness.sequence import Generation, KeptTokens
 from kvarena.policies.base import LayerView, Needs, Policy
 from kvarena.tasks.base import Sample, Tokenizer, content_id
 

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvarena.harness.attention import KERNELS, AttentionSpec, Kernel, visible_tokens
+from kvarena.harness.engine.attention import KERNELS, AttentionSpec, Kernel, visible_tokens
+from kvarena.harness.engine.forward_pass import ARENA
+from kvarena.harness.engine.rotary import KeyRotator
 from kvarena.harness.files import replacing
 from kvarena.harness.locret_data import TrainingSample
-from kvarena.harness.passes import ARENA
-from kvarena.harness.rotary import KeyRotator
 from kvarena.policies.base import NewTokens
 from kvarena.policies.locret import retaining_scores, token_features
 

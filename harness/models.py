@@ -8,7 +8,6 @@ converted once and then read from a cache folder.
 import hashlib
 import importlib.metadata
 import importlib.resources
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -31,7 +30,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kvarena.harness.attention import KERNELS
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import choices, one_of, unknown
 from kvarena.tasks.base import Tokenizer
@@ -138,49 +136,6 @@ def check_device(device: str) -> None:
         raise UsageError(
             f"device={device} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
         )
-
-
-def check_attention(attention: str, device: str, dtype: torch.dtype) -> None:
-    """Raise UsageError for a kernel that is unknown or cannot run here."""
-    one_of("attention", attention, list(KERNELS))
-    if attention != "flash":
-        return
-    if importlib.util.find_spec("flash_attn") is None:
-        raise UsageError(
-            "attention=flash needs the flash-attn package (make setup EXTRAS=flash, CUDA only); "
-            "or use attention=sdpa"
-        )
-    if not device.startswith("cuda") or dtype == torch.float32:
-        raise UsageError("attention=flash runs on cuda in bfloat16 or float16; use attention=sdpa")
-
-
-def check_architecture(model: PreTrainedModel) -> None:
-    """Raise UsageError for a model whose layers do not only attend to keys and values."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    unknown_kinds = sorted(kinds - {"full_attention", "sliding_attention"})
-    if getattr(model, "_is_stateful", False) or unknown_kinds:
-        kind = ", ".join(unknown_kinds) or "recurrent"
-        raise UsageError(
-            f"model type {config.model_type} is not supported: no token budget bounds its {kind} "
-            "layers; use a model with full or sliding-window attention only"
-        )
-
-
-def context_tokens(config: PreTrainedConfig) -> int | None:
-    """Most tokens of prompt and answer that the model handles; None if it states no limit.
-
-    Beyond the original context, rotary embeddings of type dynamic and longrope change with the
-    longest sequence of a pass, so that neighbours would disturb each other: that is the limit.
-    """
-    config = config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        original = rope.get("original_max_position_embeddings")
-        original = original or getattr(config, "original_max_position_embeddings", None)
-        return original or limit
-    return limit
 
 
 @contextmanager

@@ -140,8 +140,8 @@ def _run(settings: DictConfig, session: Session) -> None:
 
 def _cell(config: dict[str, Any]) -> "Cell":
     from kvarena.harness.cell import Cell
+    from kvarena.harness.engine.sampling import Sampling
     from kvarena.harness.models import ModelSpec
-    from kvarena.harness.sampling import Sampling
 
     for group in ("task", "policy", "codec", "model"):
         if not isinstance(config[group], dict):

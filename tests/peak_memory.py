@@ -9,7 +9,7 @@ import json
 import sys
 
 from kvarena.harness.engine import Engine
-from kvarena.harness.heap import give_back_free_memory
+from kvarena.harness.engine.free_memory import give_back_free_memory
 from kvarena.harness.models import load_model
 from kvarena.harness.registry import build, load_choice
 from kvarena.tasks.needle import Needle

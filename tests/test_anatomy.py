@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from kvarena.harness import anatomy, anatomy_plots
 from kvarena.harness.engine import Engine
+from kvarena.harness.engine.sequence import KeptTokens
 from kvarena.harness.errors import UsageError
 from kvarena.harness.key_geometry import KeyProbe, agreement
 from kvarena.harness.models import load_model
 from kvarena.harness.reference import REPOSITORY
-from kvarena.harness.sequence import KeptTokens
 from kvarena.harness.survival import needle_shares, policy_overlap, prefill_overlap
 from kvarena.policies.full import Full
 from kvarena.tasks.base import Sample, Tokenizer

@@ -10,7 +10,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from kvarena.harness.attention import KERNELS
 from kvarena.harness.bench import __main__ as bench
 from kvarena.harness.bench import gpu, phases
 from kvarena.harness.bench.jobs import JobWatch
@@ -25,6 +24,7 @@ from kvarena.harness.bench.steps import FullSlots
 from kvarena.harness.bench.subjects import Subject, toy
 from kvarena.harness.bench.targets import check, targets
 from kvarena.harness.engine import Engine
+from kvarena.harness.engine.attention import KERNELS
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import build, load_choice
 

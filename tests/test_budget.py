@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvarena.harness.budget import parse_budget
+from kvarena.harness.engine.request import check_budget
 from kvarena.harness.errors import UsageError
-from kvarena.harness.requests import check_budget
 from kvarena.policies.base import Policy
 from kvarena.policies.h2o import H2O
 from kvarena.policies.keydiff import KeyDiff

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarena.harness.cache import LayerCache
+from kvarena.harness.engine.layer_cache import LayerCache
 
 K, D = 2, 4
 

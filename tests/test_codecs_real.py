@@ -20,9 +20,9 @@ from kvarena.codecs.base import Codec
 from kvarena.codecs.kivi import KIVI
 from kvarena.codecs.kvcomp import KVComp, KVCompBlock, inflate
 from kvarena.codecs.zipcache import ZipCache
-from kvarena.harness.attention import AttentionSpec
+from kvarena.harness.engine.attention import AttentionSpec
+from kvarena.harness.engine.probe_queries import ProbeStore
 from kvarena.harness.models import load_model
-from kvarena.harness.saliency import ProbeStore
 from kvarena.tasks.haystack import load_sentences
 
 pytestmark = pytest.mark.slow

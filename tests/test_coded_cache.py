@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvarena.harness import coded_cache
-from kvarena.harness.coded_cache import CodedCache
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine import Engine, coded_cache
+from kvarena.harness.engine.coded_cache import CodedCache
+from kvarena.harness.engine.sequence import Generation
 from kvarena.harness.registry import build, choices, load_choice
-from kvarena.harness.sequence import Generation
 from lossless import Lossless
 from toys import kernel_for, toy_model, toy_prompt
 

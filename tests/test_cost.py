@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvarena.harness import attention
-from kvarena.harness.attention import AttentionSpec
-from kvarena.harness.cache import LayerCache
-from kvarena.harness.passes import ForwardPass, Run
+from kvarena.harness.engine import attention
+from kvarena.harness.engine.attention import AttentionSpec
+from kvarena.harness.engine.forward_pass import ForwardPass, Run
+from kvarena.harness.engine.layer_cache import LayerCache
 from kvarena.harness.registry import build, choices, load_choice
 from kvarena.policies.base import LayerView, NewTokens, Policy
 

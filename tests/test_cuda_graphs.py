@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvarena.harness.cuda_graphs import GraphEngine, Work, _Recorded
 from kvarena.harness.engine import Engine
+from kvarena.harness.engine.cuda_graphs import GraphEngine, Work, _Recorded
+from kvarena.harness.engine.sequence import Generation, Sequence
 from kvarena.harness.registry import build, choices, load_choice
-from kvarena.harness.sequence import Generation, Sequence
 from toys import VOCAB, toy_model, toy_prompt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

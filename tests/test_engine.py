@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kvarena.harness.attention import KERNELS, attend_sdpa
-from kvarena.harness.cache import LayerCache
 from kvarena.harness.engine import Engine
+from kvarena.harness.engine.attention import KERNELS, attend_sdpa
+from kvarena.harness.engine.layer_cache import LayerCache
+from kvarena.harness.engine.sampling import Sampling
 from kvarena.harness.errors import PolicyError, UsageError
 from kvarena.harness.registry import build, choices, load_choice
-from kvarena.harness.sampling import Sampling
 from kvarena.policies.base import LayerView
 from kvarena.policies.full import Full
 from kvarena.policies.keydiff import KeyDiff
@@ -226,7 +226,7 @@ def test_times_run_from_the_slot_to_the_first_token_and_over_the_rest(
 ) -> None:
     """With a clock that ticks once per reading: at admission, and after every deciding pass."""
     ticks = iter(range(1000))
-    monkeypatch.setattr("kvarena.harness.engine.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("kvarena.harness.engine.engine.perf_counter", lambda: float(next(ticks)))
     engine = Engine(toy_model(), KeyDiff(), budget_tokens=32, chunk_tokens=16, slots=1)
     first, second = engine.generate([toy_prompt(40), toy_prompt(30)], max_new_tokens=[5, 1])
     assert (first.ttft_sec, first.decode_tokens_per_sec) == (1, 1)
@@ -408,7 +408,7 @@ def test_no_bos_and_an_empty_prompt_is_refused() -> None:
 
 
 def test_an_unknown_attention_argument_is_not_ignored() -> None:
-    from kvarena.harness.passes import arena_attention
+    from kvarena.harness.engine.forward_pass import arena_attention
 
     tensor = torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match="position_bias"):

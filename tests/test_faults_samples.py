@@ -18,7 +18,7 @@ import torch
 
 from faulty import Hook, Kvarena, comparable, hook_model, logits_row, needle_prompts, read_rows
 from kvarena.harness import answers, engine, run_cell
-from kvarena.harness.cache import LayerCache
+from kvarena.harness.engine.layer_cache import LayerCache
 from kvarena.harness.results import read_status
 from kvarena.policies.base import LayerView
 from kvarena.policies.keydiff import KeyDiff

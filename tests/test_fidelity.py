@@ -14,12 +14,12 @@ from kvarena.codecs.none import NoCodec
 from kvarena.harness import run_cell as cell_runs
 from kvarena.harness.cell import Cell
 from kvarena.harness.engine import Engine
+from kvarena.harness.engine.sampling import Sampling
 from kvarena.harness.errors import UsageError
 from kvarena.harness.fidelity import RecallProbe, compare, forced_answers
 from kvarena.harness.models import ModelSpec
 from kvarena.harness.registry import build, choices, load_choice
 from kvarena.harness.run_cell import run_cell
-from kvarena.harness.sampling import Sampling
 from kvarena.policies.base import Policy
 from kvarena.policies.full import Full
 from kvarena.policies.keydiff import KeyDiff

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvarena.harness.engine import Engine
-from kvarena.harness.passes import ForwardPass
+from kvarena.harness.engine.forward_pass import ForwardPass
 from kvarena.harness.registry import build, choices, load_choice
 from kvarena.policies.base import Policy
 from kvarena.policies.h2o import H2O

@@ -9,6 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from kvarena.harness import models
+from kvarena.harness.engine import limits
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import ModelSpec
 from kvarena.harness.registry import choices, load_choice
@@ -191,15 +192,15 @@ def test_an_unknown_dtype_is_refused_with_the_list(dtype: str) -> None:
 
 def test_an_unknown_kernel_is_refused_with_a_guess() -> None:
     for attention in ("sdpa", "reference"):
-        models.check_attention(attention, "cpu", torch.float32)
+        limits.check_attention(attention, "cpu", torch.float32)
     with pytest.raises(UsageError, match=r"unknown attention 'falsh'\. Did you mean flash?"):
-        models.check_attention("falsh", "cpu", torch.float32)
+        limits.check_attention("falsh", "cpu", torch.float32)
 
 
 def test_flash_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="attention=flash needs the flash-attn package"):
-        models.check_attention("flash", "cuda", torch.bfloat16)
+        limits.check_attention("flash", "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +209,10 @@ def test_flash_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flash_needs_cuda_and_half_precision(
     device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(UsageError, match="attention=flash runs on cuda in bfloat16 or float16"):
-        models.check_attention("flash", device, dtype)
-    models.check_attention("flash", "cuda", torch.bfloat16)
+        limits.check_attention("flash", device, dtype)
+    limits.check_attention("flash", "cuda", torch.bfloat16)
 
 
 # ---- context ----
@@ -231,7 +232,7 @@ def phi3(rope: dict | None, **changes: object) -> PreTrainedConfig:
 
 def test_longrope_counts_up_to_the_original_context() -> None:
     factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48, "rope_theta": 10000.0}
-    assert models.context_tokens(phi3({"rope_type": "longrope", **factors})) == 4096
+    assert limits.context_tokens(phi3({"rope_type": "longrope", **factors})) == 4096
 
 
 def test_dynamic_scaling_counts_up_to_the_original_context() -> None:
@@ -239,8 +240,8 @@ def test_dynamic_scaling_counts_up_to_the_original_context() -> None:
     small = {"max_position_embeddings": 8192}
     original = {"original_max_position_embeddings": 2048}
     with_original = CONFIG_MAPPING["llama"](rope_parameters={**rope, **original}, **small)
-    assert models.context_tokens(with_original) == 2048
-    assert models.context_tokens(CONFIG_MAPPING["llama"](rope_parameters=rope, **small)) == 8192
+    assert limits.context_tokens(with_original) == 2048
+    assert limits.context_tokens(CONFIG_MAPPING["llama"](rope_parameters=rope, **small)) == 8192
 
 
 @pytest.mark.parametrize("rope_type", ["default", "llama3", "yarn"])
@@ -254,13 +255,13 @@ def test_other_rotary_types_count_in_full(rope_type: str) -> None:
         "original_max_position_embeddings": 2048,
     }
     config = CONFIG_MAPPING["llama"](max_position_embeddings=8192, rope_parameters=rope)
-    assert models.context_tokens(config) == 8192
+    assert limits.context_tokens(config) == 8192
 
 
 def test_a_model_that_states_no_limit_has_none() -> None:
-    assert models.context_tokens(PreTrainedConfig()) is None
+    assert limits.context_tokens(PreTrainedConfig()) is None
 
 
 def test_a_picture_model_counts_its_text_part() -> None:
     text = {"max_position_embeddings": 777, "num_hidden_layers": 2, "hidden_size": 64}
-    assert models.context_tokens(CONFIG_MAPPING["gemma3"](text_config=text)) == 777
+    assert limits.context_tokens(CONFIG_MAPPING["gemma3"](text_config=text)) == 777

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvarena.codecs.base import Probes
-from kvarena.harness.attention import AttentionSpec
-from kvarena.harness.saliency import ProbeStore
+from kvarena.harness.engine.attention import AttentionSpec
+from kvarena.harness.engine.probe_queries import ProbeStore
 
 H, K, D = 4, 2, 8
 SPEC = AttentionSpec(scaling=D**-0.5)

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from kvarena.codecs.kivi import KIVI
-from kvarena.harness import attention
-from kvarena.harness.attention import AttentionSpec, attend_reference, attend_sdpa, visible_tokens
+from kvarena.harness.engine import attention
+from kvarena.harness.engine.attention import (
+    AttentionSpec,
+    attend_reference,
+    attend_sdpa,
+    visible_tokens,
+)
 
 triton = pytest.importorskip("triton", reason="needs the extra triton")
 
@@ -92,7 +97,7 @@ def masked_logits(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
     [(shape, torch.float32) for shape in SHAPES] + [(SHAPES[-1], half) for half in HALVES],
 )
 def test_the_kernels_mass_is_the_explicit_sum(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    from kvarena.harness import triton_mass
+    from kvarena.harness.engine import triton_mass
 
     query, keys, values = random_qkv(*shape, dtype)
     spec = AttentionSpec(scaling=shape[-1] ** -0.5)
@@ -109,7 +114,7 @@ def test_the_kernels_mass_is_the_explicit_sum(shape: tuple[int, ...], dtype: tor
 @needs_triton
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernels_log_sums_are_those_of_the_masked_logits(shape: tuple[int, ...]) -> None:
-    from kvarena.harness import triton_mass
+    from kvarena.harness.engine import triton_mass
 
     query, keys, _ = random_qkv(*shape, torch.float32)
     # Far from 0, where an unshifted sum of exponentials would overflow.
@@ -125,7 +130,7 @@ def test_torchs_flash_attention_is_asked_for_output_and_log_sums(
     num_queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its place is taken by one that answers as it does: grouped heads, lower-right mask."""
-    from kvarena.harness import triton_mass
+    from kvarena.harness.engine import triton_mass
 
     def flash(
         query: Tensor,
@@ -160,7 +165,7 @@ def test_torchs_flash_attention_is_asked_for_output_and_log_sums(
 def test_on_cuda_mass_comes_from_the_kernel_unless_it_cannot_know_the_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from kvarena.harness import triton_mass
+    from kvarena.harness.engine import triton_mass
 
     calls = []
     kernel = triton_mass.attend_with_mass
@@ -247,7 +252,7 @@ def attend_decoded(
 def test_attention_over_coded_tokens_is_that_over_decoded_ones(
     shape: tuple[int, ...], has_dead: bool, dtype: torch.dtype
 ) -> None:
-    from kvarena.harness.triton_coded import attend_coded
+    from kvarena.harness.engine.triton_coded import attend_coded
 
     query, blocks, live, keys, values = coded_heads(*shape, dtype)
     live[0] = False  # a whole block, and the first to be met
@@ -263,7 +268,7 @@ def test_attention_over_coded_tokens_is_that_over_decoded_ones(
 @needs_triton
 def test_coded_tokens_merge_with_the_exact_window() -> None:
     """Also for a head whose coded tokens are all evicted: then the window is all there is."""
-    from kvarena.harness.triton_coded import attend_coded, merge
+    from kvarena.harness.engine.triton_coded import attend_coded, merge
 
     query, blocks, live, keys, values = coded_heads(*CODED[0], torch.float32)
     live[:, 1] = False
@@ -289,7 +294,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kvarena.harness import triton_coded, triton_mass
+from kvarena.harness.engine import triton_coded, triton_mass
 
 POINTERS = {"units": "*fp32", "key_codes": "*u8", "value_codes": "*u8", "live": "*u8",
             "key_bounds": "*fp16", "value_bounds": "*fp16"}

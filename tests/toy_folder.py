@@ -7,9 +7,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvarena.harness.cell import Cell
+from kvarena.harness.engine.sampling import Sampling
 from kvarena.harness.models import ModelSpec
 from kvarena.harness.registry import load_choice
-from kvarena.harness.sampling import Sampling
 from toys import toy_model
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}

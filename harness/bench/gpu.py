@@ -20,8 +20,8 @@ from kvarena.harness.bench.run import Section, chosen, run_sections, usage_error
 from kvarena.harness.bench.speed import prefill
 from kvarena.harness.bench.subjects import Subject, llama_8b, toy
 from kvarena.harness.bench.targets import TARGET_COLUMNS, check
-from kvarena.harness.cuda_graphs import GraphEngine
 from kvarena.harness.engine import Engine
+from kvarena.harness.engine.cuda_graphs import GraphEngine
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import check_device
 from kvarena.harness.registry import build, load_choice

@@ -15,8 +15,8 @@ from kvarena.harness.bench.peers import KvpressServer, Prompts, generate_job, kv
 from kvarena.harness.bench.plan import Plan
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.engine import Engine
+from kvarena.harness.engine.sequence import Sequence
 from kvarena.harness.registry import build, load_choice
-from kvarena.harness.sequence import Sequence
 
 _POLICY = "keydiff"  # kvpress has it as well
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kvarena.harness.heap import give_back_free_memory
+from kvarena.harness.engine.free_memory import give_back_free_memory
 
 _CLEAR = Path("/proc/self/clear_refs")
 

@@ -14,15 +14,14 @@ from unittest import mock
 
 import torch
 
-from kvarena.harness import attention, cache
-from kvarena.harness.attention import KERNELS
 from kvarena.harness.bench.measure import Case, Variant, now_sec
 from kvarena.harness.bench.plan import POLICIES, Plan
 from kvarena.harness.bench.steps import FullSlots
 from kvarena.harness.bench.subjects import Subject
-from kvarena.harness.cache import LayerCache
-from kvarena.harness.engine import Engine
-from kvarena.harness.passes import ForwardPass
+from kvarena.harness.engine import Engine, attention, layer_cache
+from kvarena.harness.engine.attention import KERNELS
+from kvarena.harness.engine.forward_pass import ForwardPass
+from kvarena.harness.engine.layer_cache import LayerCache
 
 # model: embeddings, linear layers, norms, output; attention: kernel and mask, with the mass or the
 # weights that one softmax yields beside the output; score: the policy, and attention rows computed
@@ -38,7 +37,7 @@ FUNCTIONS: tuple[tuple[str, Any, str], ...] = (  # Any: a module or a class
     ("selection", ForwardPass, "_protect"),
     ("selection", LayerCache, "evict"),
     ("movement", LayerCache, "append"),
-    ("movement", cache, "_move"),
+    ("movement", layer_cache, "_move"),
     ("movement", ForwardPass, "_move_sinks"),
     ("bookkeeping", ForwardPass, "attend"),
 )

@@ -8,11 +8,12 @@ import torch
 
 from kvarena.harness.bench.measure import now_sec
 from kvarena.harness.bench.subjects import Subject
-from kvarena.harness.engine import Engine, _Recording
-from kvarena.harness.layer_stores import new_layers
+from kvarena.harness.engine import Engine
+from kvarena.harness.engine.engine import _Recording
+from kvarena.harness.engine.layer_stores import new_layers
+from kvarena.harness.engine.request import plan_sequences
+from kvarena.harness.engine.sampling import Sampling
 from kvarena.harness.registry import build, load_choice
-from kvarena.harness.requests import plan_sequences
-from kvarena.harness.sampling import Sampling
 
 _NOTHING = _Recording(kept=False, history=False, logits=None)
 

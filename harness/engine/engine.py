@@ -21,16 +21,16 @@ from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
 from kvarena.codecs.none import NoCodec
-from kvarena.harness.cache import LayerCache
+from kvarena.harness.engine.forward_pass import ARENA, ForwardPass, Run, pack_runs
+from kvarena.harness.engine.free_memory import give_back_free_memory
+from kvarena.harness.engine.layer_cache import LayerCache
+from kvarena.harness.engine.layer_stores import check_layers, count_bytes, new_layers
+from kvarena.harness.engine.limits import check_architecture, check_attention, check_budget
+from kvarena.harness.engine.request import StopTokens, plan_sequences
+from kvarena.harness.engine.rotary import KeyRotator
+from kvarena.harness.engine.sampling import Sampling
+from kvarena.harness.engine.sequence import Generation, KeptTokens, Sequence, in_order
 from kvarena.harness.errors import UsageError
-from kvarena.harness.heap import give_back_free_memory
-from kvarena.harness.layer_stores import check_layers, count_bytes, new_layers
-from kvarena.harness.models import check_architecture, check_attention
-from kvarena.harness.passes import ARENA, ForwardPass, Run, pack_runs
-from kvarena.harness.requests import StopTokens, check_budget, plan_sequences
-from kvarena.harness.rotary import KeyRotator
-from kvarena.harness.sampling import Sampling
-from kvarena.harness.sequence import Generation, KeptTokens, Sequence, in_order
 from kvarena.policies.base import Policy
 
 # Raised whenever a kept position, a token or a counted byte could change: it is part of a cell's

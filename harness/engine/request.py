@@ -7,38 +7,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kvarena.harness.engine.limits import check_budget, check_context, context_tokens
+from kvarena.harness.engine.sequence import Sequence
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models import context_tokens
-from kvarena.harness.sequence import Sequence
 from kvarena.policies.base import Policy
 
 StopTokens = Collection[int] | Seq[Collection[int]] | None
-
-
-def check_budget(policy: Policy, budget_tokens: int | None, question_tokens: int = 0) -> None:
-    """Raise UsageError if the budget leaves the policy nothing to choose."""
-    if budget_tokens is None or not policy.evicts:
-        return
-    for_context = budget_tokens - question_tokens
-    protected = policy.sinks + policy.num_recent(for_context)
-    if for_context <= protected:
-        held_back = f" beside a question of {question_tokens}" if question_tokens else ""
-        raise UsageError(
-            f"a budget of {budget_tokens} tokens{held_back} leaves nothing to choose: {protected} "
-            "tokens are protected (sinks and recent); raise the budget or protect fewer"
-        )
-
-
-def check_context(
-    name: str, prompt_tokens: int, max_new_tokens: int, limit_tokens: int | None
-) -> None:
-    """Raise UsageError if prompt and answer do not fit the model's context."""
-    needed = prompt_tokens + max_new_tokens
-    if limit_tokens is not None and needed > limit_tokens:
-        raise UsageError(
-            f"{name} has {prompt_tokens} tokens, with {max_new_tokens} new ones {needed}: over the "
-            f"model's context of {limit_tokens}; use shorter prompts or fewer new tokens"
-        )
 
 
 def plan_sequences(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvarena.codecs.base import Probes
-from kvarena.harness.attention import AttentionSpec, explicit_weights
+from kvarena.harness.engine.attention import AttentionSpec, explicit_weights
 
 # Multiplicative hashing of a position to 32 bits (Knuth, TAOCP 6.4): spreads neighbours evenly.
 _GOLDEN = 2654435761

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvarena.harness.cache import LayerCache
 from kvarena.harness.engine import Engine
-from kvarena.harness.passes import Run
-from kvarena.harness.sequence import Sequence
+from kvarena.harness.engine.forward_pass import Run
+from kvarena.harness.engine.layer_cache import LayerCache
+from kvarena.harness.engine.sequence import Sequence
 
 Work = list[tuple[int, Sequence, list[int]]]
 

@@ -6,10 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
-from kvarena.harness.cache import LayerCache
-from kvarena.harness.coded_cache import CodedCache, Workspace
+from kvarena.harness.engine.coded_cache import CodedCache, Workspace
+from kvarena.harness.engine.layer_cache import LayerCache
+from kvarena.harness.engine.sequence import Sequence
 from kvarena.harness.errors import UsageError
-from kvarena.harness.sequence import Sequence
 from kvarena.policies.base import Policy
 
 

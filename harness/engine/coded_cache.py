@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvarena.codecs.base import Codec
-from kvarena.harness.attention import AttentionSpec
-from kvarena.harness.cache import LayerCache, total_order
-from kvarena.harness.saliency import ProbeStore
-from kvarena.harness.segments import Segment, alike
+from kvarena.harness.engine.attention import AttentionSpec
+from kvarena.harness.engine.coded_blocks import Segment, alike
+from kvarena.harness.engine.layer_cache import LayerCache, total_order
+from kvarena.harness.engine.probe_queries import ProbeStore
 
 # Share of a block's rows alive. 1024 tokens of SmolLM2 under KeyDiff and 4-bit KIVI take 13.5 MB
 # with 0.5, 11.6 MB in a seventh more time with 0.9, 11.4 MB with 1.

@@ -178,7 +178,7 @@ def attend_with_mass(
     Q > 1, so that they stay at [H, Q, T].
     """
     if may_fuse and query.is_cuda and spec.is_causal_only:
-        from kvarena.harness import triton_mass  # Triton comes with the CUDA builds of torch
+        from kvarena.harness.engine import triton_mass  # Triton comes with the CUDA builds of torch
 
         if triton_mass.serves(query):
             return *triton_mass.attend_with_mass(query, keys, values, spec.scaling), "triton"

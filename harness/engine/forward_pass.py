@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from kvarena.harness import attention
-from kvarena.harness.attention import KERNELS, AttentionSpec
-from kvarena.harness.cache import LayerCache
+from kvarena.harness.engine import attention
+from kvarena.harness.engine.attention import KERNELS, AttentionSpec
+from kvarena.harness.engine.layer_cache import LayerCache
+from kvarena.harness.engine.rotary import KeyRotator
+from kvarena.harness.engine.sequence import Sequence
 from kvarena.harness.errors import PolicyError, UsageError
-from kvarena.harness.rotary import KeyRotator
-from kvarena.harness.sequence import Sequence
 from kvarena.policies.base import LayerView, NewTokens, OptionError, Policy
 
 ARENA = "kvarena"

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvarena.harness.attention import AttentionSpec
+from kvarena.harness.engine.attention import AttentionSpec
 
 _POSITION_BITS = 32
 _NEWEST = torch.iinfo(torch.int32).max  # comes after every position
