@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvarena.harness.engine import Engine
-from kvarena.harness.engine.sequence import KeptTokens
+from kvarena.harness.engine import Engine, KeptTokens
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.key_geometry import KeyProbe, agreement

@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 
 from kvarena.harness.byte_budget import Fit, tighter
 from kvarena.harness.cell import Allowance, Cell
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine import Generation, Request
 from kvarena.harness.engine.request import stop_tokens
-from kvarena.harness.engine.sequence import Generation
 from kvarena.harness.errors import UsageError
 from kvarena.harness.fidelity import forced_answers
 from kvarena.harness.kv_bytes import compression
@@ -61,12 +60,20 @@ class Job:
             return self.fit.allowance(self.cell.codec)
         return Allowance(budget_tokens=self.cell.budget_tokens(sample), codec=self.cell.codec)
 
-    def stop_token_ids(self, sample: Sample) -> set[int]:
-        """The model's own stop tokens, and a newline where the task says so."""
+    def request(self, sample: Sample, allowed: Allowance) -> Request:
+        """The sample as the engine is asked for it."""
         stops = set(stop_tokens(self.model))
         if sample.stop_newline:
             stops.add(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
-        return stops
+        return Request(
+            prompt=sample.prompt_token_ids,
+            max_new_tokens=sample.max_new_tokens,
+            budget_tokens=allowed.budget_tokens,
+            question_tokens=self.cell.question_tokens(sample),
+            seed=int(content_id(self.cell.seed, sample.id), 16) >> 1,
+            stop_token_ids=stops,
+            min_new_tokens=int(sample.stop_newline),
+        )
 
     def _rows_once(self, planned: Sequence[Planned]) -> Iterator[dict[str, Any]]:
         # A codec becomes coarser by one setting each time, for all samples that are left.
@@ -83,32 +90,16 @@ class Job:
 
 
 def _answer_rows(job: Job, planned: Sequence[Planned]) -> Iterator[dict[str, Any]]:
-    cell, samples = job.cell, [sample for sample, _ in planned]
-    engine = Engine(
-        job.model,
-        cell.policy,
-        codec=planned[0][1].codec,
-        kv_dtype=cell.torch_kv_dtype,
-        chunk_tokens=cell.chunk_tokens,
-        slots=cell.slots,
-        attention=cell.attention,
-    )
-    total_tokens = sum(len(s.prompt_token_ids) + s.max_new_tokens for s in samples)
+    cell = job.cell
+    engine = cell.engine(job.model, planned[0][1].codec)
+    requests = [job.request(sample, allowed) for sample, allowed in planned]
+    total_tokens = sum(len(request.prompt) + request.answer_tokens for request in requests)
     with TokenProgress(cell.label, total_tokens) as progress:
         for generation in engine.generate(
-            [sample.prompt_token_ids for sample in samples],
-            max_new_tokens=[sample.max_new_tokens for sample in samples],
-            budgets=[allowed.budget_tokens for _, allowed in planned],
-            question_tokens=[cell.question_tokens(sample) for sample in samples],
-            stop_token_ids=[job.stop_token_ids(sample) for sample in samples],
-            min_new_tokens=[int(sample.stop_newline) for sample in samples],
-            sampling=cell.sampling,
-            seeds=[int(content_id(cell.seed, sample.id), 16) >> 1 for sample in samples],
-            as_completed=True,
-            on_pass=progress.advance,
+            requests, sampling=cell.sampling, as_completed=True, on_pass=progress.advance
         ):
             sample, allowed = planned[generation.index]
-            row = _row(job, sample, allowed, generation, len(samples))
+            row = _row(job, sample, allowed, generation, len(planned))
             if row["status"] == "ok":
                 finished = generation.finish_reason == "stop"
                 row |= score(cell.task, sample, row["prediction"], finished=finished)
@@ -116,20 +107,17 @@ def _answer_rows(job: Job, planned: Sequence[Planned]) -> Iterator[dict[str, Any
 
 
 def _forced_rows(job: Job, planned: Sequence[Planned]) -> Iterator[dict[str, Any]]:
-    cell, samples = job.cell, [sample for sample, _ in planned]
     for generation, measures in forced_answers(
-        cell,
+        job.cell,
         job.model,
         job.tokenizer,
-        samples,
+        [sample for sample, _ in planned],
+        [job.request(sample, allowed) for sample, allowed in planned],
         codec=planned[0][1].codec,
-        budgets=[allowed.budget_tokens for _, allowed in planned],
-        question_tokens=[cell.question_tokens(sample) for sample in samples],
-        stop_token_ids=[job.stop_token_ids(sample) for sample in samples],
         cache_dir=job.cache_dir / "fidelity",
     ):
         sample, allowed = planned[generation.index]
-        row = _row(job, sample, allowed, generation, len(samples))
+        row = _row(job, sample, allowed, generation, len(planned))
         yield row | measures if row["status"] == "ok" else row
 
 

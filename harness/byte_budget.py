@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kvarena.codecs.base import Codec
 from kvarena.harness import models
 from kvarena.harness.cell import Allowance, Cell
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine import Request
 from kvarena.harness.engine.limits import context_tokens
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
@@ -182,18 +182,8 @@ def _held_bytes(
     cell: Cell, model: PreTrainedModel, text: list[int], codec: Codec, tokens: int | None
 ) -> int:
     """Most bytes held between passes while the text is read and a block's worth is written."""
-    engine = Engine(
-        model,
-        cell.policy,
-        codec=codec,
-        kv_dtype=cell.torch_kv_dtype,
-        chunk_tokens=cell.chunk_tokens,
-        slots=1,
-        attention=cell.attention,
-    )
-    (generation,) = engine.generate(
-        [text], forced=[text[: _num_forced(codec)]], budgets=[tokens], stop_token_ids=[]
-    )
+    request = Request(prompt=text, forced=text[: _num_forced(codec)], budget_tokens=tokens)
+    (generation,) = cell.engine(model, codec, slots=1).generate([request])
     return generation.kv_bytes_kept
 
 

@@ -6,11 +6,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
 from kvarena.harness import models
 from kvarena.harness.budget import Budget, parse_budget
-from kvarena.harness.engine import ENGINE_VERSION
+from kvarena.harness.engine import ENGINE_VERSION, Engine
 from kvarena.harness.engine.limits import (
     check_attention,
     check_budget,
@@ -200,6 +201,26 @@ class Cell:
                 limit_tokens,
             )
         return samples
+
+    def engine(
+        self,
+        model: PreTrainedModel,
+        codec: Codec,
+        *,
+        policy: Policy | None = None,
+        slots: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> Engine:
+        """An engine as the cell asks for it, but for what is given here."""
+        return Engine(
+            model,
+            policy or self.policy,
+            codec=codec,
+            kv_dtype=kv_dtype or self.torch_kv_dtype,
+            chunk_tokens=self.chunk_tokens,
+            slots=slots or self.slots,
+            attention=self.attention,
+        )
 
     def part(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those that the shard holds; all of them without a shard."""

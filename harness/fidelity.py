@@ -10,10 +10,8 @@ every token of the answer but the last.
 Shape letters: L layers, H query heads, K KV heads, T cached tokens, A answer tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -24,8 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
-from kvarena.harness.engine import Engine
-from kvarena.harness.engine.sequence import Generation, KeptTokens
+from kvarena.codecs.none import NoCodec
+from kvarena.harness.engine import Engine, Generation, KeptTokens, Request
 from kvarena.harness.files import replacing
 from kvarena.harness.progress import TokenProgress
 from kvarena.harness.registry import build, load_choice
@@ -51,20 +49,21 @@ class ForcedTask(Protocol):
 class Reference:
     """A sample's forced answer and the full cache's logits [A, V] in float32, in a file.
 
-    given: the answer where the task gives one; stop_token_ids: what else may end it.
+    request: of the full cache, by which the file is named: one that is forced where the task gives
+    the answer.
     """
 
-    sample: Sample
-    given: list[int] | None
-    stop_token_ids: set[int]
+    sample_id: str
+    request: Request
     folder: Path
 
     @property
     def path(self) -> Path:
-        sample = self.sample
-        stops = (sample.max_new_tokens, sample.stop_newline, sorted(self.stop_token_ids))
-        decides = content_id(sample.prompt_token_ids, self.given, *stops)
-        return self.folder / f"{sample.id}-{decides[:8]}.safetensors"
+        asked = self.request
+        assert asked.stop_token_ids is not None, "a cell names them"
+        stops = (asked.max_new_tokens, asked.min_new_tokens, sorted(asked.stop_token_ids))
+        decides = content_id(tuple(asked.prompt), asked.forced, *stops)
+        return self.folder / f"{self.sample_id}-{decides[:8]}.safetensors"
 
     @property
     def is_there(self) -> bool:
@@ -93,49 +92,40 @@ def forced_answers(
     cell: "Cell",
     model: PreTrainedModel,
     tokenizer: Tokenizer,
-    samples: Seq[Sample],
+    samples: Sequence[Sample],
+    requests: Sequence[Request],
     *,
     codec: Codec,
-    budgets: Seq[int | None],
-    question_tokens: Seq[int],
-    stop_token_ids: Seq[set[int]],
     cache_dir: Path,
 ) -> Iterator[tuple[Generation, dict[str, Any]]]:
     """Each sample's forced answer under the cell's policy and what its row adds, as they end.
 
-    codec, budgets, question_tokens: of the policy's run; stop_token_ids: of the full cache's own
-    answers.
+    requests: of the policy's run, as if it answered itself; codec: likewise.
     """
     task = cast(ForcedTask, cell.task)
-    engine = partial(Engine, model, chunk_tokens=cell.chunk_tokens, attention=cell.attention)
+    full = build(load_choice("policy", "full"))
     # No number of slots and no question held back: with the full cache they change nothing.
     names = ("model", "dtype", "attention", "device", "chunk")
     weights = cell.identity["content"]["model"]
     key = content_id(_SCHEMA, [cell.identity[name] for name in names], weights)
     references = [
         Reference(
-            sample=sample,
-            given=task.forced_token_ids(tokenizer, sample),
-            stop_token_ids=stops,
+            sample_id=sample.id,
+            request=_by_full_cache(request, task.forced_token_ids(tokenizer, sample)),
             folder=cache_dir / key,
         )
-        for sample, stops in zip(samples, stop_token_ids, strict=True)
+        for sample, request in zip(samples, requests, strict=True)
     ]
-    full = engine(build(load_choice("policy", "full")), slots=cell.slots)
-    _complete(full, references, f"{cell.label}, full cache first")
-    del full  # with its buffers, before the policy's are made
-
-    policy_engine = engine(cell.policy, codec=codec, kv_dtype=cell.torch_kv_dtype, slots=cell.slots)
-    prompts = [sample.prompt_token_ids for sample in samples]
-    answers = [reference.read("token_ids").tolist() for reference in references]
-    num_tokens = sum(map(len, prompts)) + sum(map(len, answers))
+    _complete(_exact(cell, model, full), references, f"{cell.label}, full cache first")
+    forced = [
+        replace(request, max_new_tokens=None, forced=reference.read("token_ids").tolist())
+        for request, reference in zip(requests, references, strict=True)
+    ]
+    num_tokens = sum(len(request.prompt) + request.answer_tokens for request in forced)
     with TokenProgress(cell.label, num_tokens * (2 if task.attention_recall else 1)) as progress:
         advance = progress.advance
-        for generation in policy_engine.generate(
-            prompts,
-            forced=answers,
-            budgets=budgets,
-            question_tokens=question_tokens,
+        for generation in cell.engine(model, codec).generate(
+            forced,
             as_completed=True,
             on_pass=advance,
             record_history=task.attention_recall,
@@ -149,45 +139,44 @@ def forced_answers(
             measures = compare(logits, generation.logits.cpu(), generation.token_ids)
             if task.attention_recall:
                 assert generation.kept_history is not None, "recorded for recall"
-                prompt = prompts[generation.index]
-                probe = RecallProbe(len(prompt), generation.kept_history)
-                forced = [generation.token_ids]
-                next(engine(probe, slots=1).generate([prompt], forced=forced, on_pass=advance))
+                request = replace(forced[generation.index], budget_tokens=None, question_tokens=0)
+                probe = RecallProbe(len(request.prompt), generation.kept_history)
+                next(_exact(cell, model, probe, slots=1).generate([request], on_pass=advance))
                 measures["attention_recall"] = float(probe.shares.mean())
                 measures["attention_recall_by_layer_head"] = probe.shares.round(decimals=4).tolist()
             yield generation, measures
 
 
-def _complete(engine: Engine, references: Seq[Reference], label: str) -> None:
+def _by_full_cache(request: Request, given: list[int] | None) -> Request:
+    """The same prompt without a bound, and with the answer that the task gives, if it does."""
+    asked = replace(request, budget_tokens=None, question_tokens=0)
+    return asked if given is None else replace(asked, max_new_tokens=None, forced=given)
+
+
+def _exact(
+    cell: "Cell", model: PreTrainedModel, policy: Policy, slots: int | None = None
+) -> Engine:
+    """An engine for a policy that keeps everything, in the model's own data type."""
+    return cell.engine(model, NoCodec(), policy=policy, slots=slots, kv_dtype=model.dtype)
+
+
+def _complete(engine: Engine, references: Sequence[Reference], label: str) -> None:
     """Run the full cache for the references that have no file yet."""
     missing = [reference for reference in references if not reference.is_there]
     if not missing:
         return
-    samples = [reference.sample for reference in missing]
-    given = [reference.given for reference in missing if reference.given is not None]
-    assert len(given) in (0, len(missing)), "a task forces answers of its own or none"
-    answers: dict[str, Any] = {"forced": given}  # Any: options of different types
-    if not given:
-        answers = {
-            "max_new_tokens": [sample.max_new_tokens for sample in samples],
-            "min_new_tokens": [int(sample.stop_newline) for sample in samples],
-            "stop_token_ids": [reference.stop_token_ids for reference in missing],
-        }
-    num_tokens = sum(len(sample.prompt_token_ids) + sample.max_new_tokens for sample in samples)
+    requests = [reference.request for reference in missing]
+    num_tokens = sum(len(request.prompt) + request.answer_tokens for request in requests)
     with TokenProgress(label, num_tokens) as progress:
         for generation in engine.generate(
-            [sample.prompt_token_ids for sample in samples],
-            **answers,
-            as_completed=True,
-            on_pass=progress.advance,
-            record_logits="answer",
+            requests, as_completed=True, on_pass=progress.advance, record_logits="answer"
         ):
             if generation.finish_reason == "invalid":
                 raise ArithmeticError("the full cache's own logits are not finite")
             missing[generation.index].save(generation)
 
 
-def compare(full: Tensor, policy: Tensor, token_ids: Seq[int]) -> dict[str, Any]:
+def compare(full: Tensor, policy: Tensor, token_ids: Sequence[int]) -> dict[str, Any]:
     """What a row says of two runs over the same answer; full, policy: logits [A, V].
 
     KL(full || policy) and negative log-likelihoods (nll) are in nats, differences are policy minus
@@ -228,7 +217,7 @@ class RecallProbe(Policy):
     # Nothing is evicted, so only a column makes the engine call ``score``.
     columns: ClassVar[tuple[str, ...]] = ("unused",)
 
-    def __init__(self, prompt_tokens: int, history: Seq[KeptTokens]) -> None:
+    def __init__(self, prompt_tokens: int, history: Sequence[KeptTokens]) -> None:
         super().__init__()
         before = [KeptTokens(seen_tokens=0, positions=[]), *history]
         # By the position of an answer's query, the last one of its pass.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvarena.harness.engine.attention import KERNELS, AttentionSpec, Kernel, visible_tokens
-from kvarena.harness.engine.forward_pass import ARENA
+from kvarena.harness.engine.forward_pass import ATTENTION_NAME
 from kvarena.harness.engine.rotary import KeyRotator
 from kvarena.harness.files import replacing
 from kvarena.harness.locret_data import TrainingSample
@@ -102,7 +102,7 @@ class Observer:
                 input_ids=torch.tensor([sample.token_ids], device=device),
                 position_ids=position_ids,
                 use_cache=False,
-                arena=recorder,
+                forward_pass=recorder,
             )
         return Observation(
             features=torch.stack(recorder.features),
@@ -149,7 +149,7 @@ class _Recorder:
 def _attention_of_the_engine(model: PreTrainedModel) -> Iterator[None]:
     config = model.config.get_text_config()
     before = config._attn_implementation
-    config._attn_implementation = ARENA
+    config._attn_implementation = ATTENTION_NAME
     try:
         yield
     finally:

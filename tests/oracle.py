@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from kvarena.harness.engine.sequence import Generation
+from kvarena.harness.engine import Generation
 
 
 def seen_by_each_query(generation: Generation, num_tokens: int) -> list[Tensor]:

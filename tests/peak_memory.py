@@ -8,7 +8,7 @@ import gc
 import json
 import sys
 
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine import Engine, Generation
 from kvarena.harness.engine.free_memory import give_back_free_memory
 from kvarena.harness.models import load_model
 from kvarena.harness.registry import build, load_choice
@@ -35,13 +35,16 @@ def main() -> None:
     # A short run maps the weights and the libraries' code; then everything that it and loading left
     # free goes back to the system, so that no free memory can hide what the long run takes.
     next(engine.generate([sample.prompt_token_ids[:64]], max_new_tokens=2))
-    engine.layers.clear()
     gc.collect()
     give_back_free_memory()
     with open("/proc/self/clear_refs", "w") as control:
         control.write("5")  # the peak starts from here
     before = resident_bytes("VmRSS")
-    generation = next(engine.generate([sample.prompt_token_ids], max_new_tokens=70))
+    batch = engine.batch([sample.prompt_token_ids], max_new_tokens=70)
+    finished: list[Generation] = []
+    while not finished:
+        finished = batch.step()
+    (generation,) = finished
     print(
         json.dumps(
             {
@@ -51,7 +54,7 @@ def main() -> None:
                 "kv_bytes_kept": generation.kv_bytes_kept,
                 "kv_bytes_peak": generation.kv_bytes_peak,
                 "prompt_tokens": generation.prompt_tokens,
-                "capacities": sorted({layer.keys.shape[2] for layer in engine.layers}),
+                "capacities": sorted({layer.keys.shape[2] for layer in batch.layers}),
             }
         )
     )

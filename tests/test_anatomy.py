@@ -12,8 +12,7 @@ from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
 from kvarena.harness import anatomy, anatomy_plots
-from kvarena.harness.engine import Engine
-from kvarena.harness.engine.sequence import KeptTokens
+from kvarena.harness.engine import Engine, KeptTokens
 from kvarena.harness.errors import UsageError
 from kvarena.harness.key_geometry import KeyProbe, agreement
 from kvarena.harness.models import load_model

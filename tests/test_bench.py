@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -20,10 +21,10 @@ from kvarena.harness.bench.phases import PHASES, PhaseClock, clocks
 from kvarena.harness.bench.plan import POLICIES, QUICK
 from kvarena.harness.bench.roofline import pass_bytes, pass_flops, with_fractions
 from kvarena.harness.bench.run import chosen, run_sections
-from kvarena.harness.bench.steps import FullSlots
+from kvarena.harness.bench.steps import full_slots, run_passes
 from kvarena.harness.bench.subjects import Subject, toy
 from kvarena.harness.bench.targets import check, targets
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine import Engine, Request
 from kvarena.harness.engine.attention import KERNELS
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import build, load_choice
@@ -90,21 +91,24 @@ def test_summary_holds_median_and_quartiles_in_the_order_of_measuring() -> None:
 
 @pytest.mark.parametrize("policy", ["full", *POLICIES])
 def test_a_full_slot_goes_on_as_if_it_had_read_its_text(subject: Subject, policy: str) -> None:
-    full = FullSlots(subject, policy, slots=2, cache_tokens=40, passes=3)
-    full.run(1)
+    batch = full_slots(subject, policy, slots=2, cache_tokens=40, passes=3)
+    logits = []
+    choose = batch._choose
+    batch._choose = lambda deciding, found: (logits.append(found), choose(deciding, found))
+    run_passes(batch, 1)
     # Its first pass attends to the whole text under any policy that does not move positions.
     engine = Engine(subject.model, build(load_choice("policy", "full")), slots=1)
-    (expected,) = engine.generate([subject.text[:41]], max_new_tokens=1)
-    for sequence in full.sequences:
-        assert sequence.token_ids[1:] == expected.token_ids
-        assert sequence.num_live == (41 if policy == "full" else 40)
+    (expected,) = engine.generate([subject.text[:41]], max_new_tokens=1, record_logits="answer")
+    torch.testing.assert_close(logits[0], expected.logits.expand(2, -1), atol=1e-4, rtol=1e-4)
+    held = 41 if policy == "full" else 40
+    assert all(layer.counts == [[held] * 2] * 2 for layer in batch.layers)
 
 
 def test_passes_that_read_choose_no_token(subject: Subject) -> None:
-    full = FullSlots(subject, "keydiff", slots=2, cache_tokens=40, passes=3, chunk_tokens=8)
-    full.run(3)
-    assert [sequence.num_seen for sequence in full.sequences] == [64, 64]
-    assert [sequence.token_ids for sequence in full.sequences] == [[], []]
+    batch = full_slots(subject, "keydiff", slots=2, cache_tokens=40, passes=3, chunk_tokens=8)
+    run_passes(batch, 3)
+    assert [active.num_seen for active in batch.slots] == [64, 64]
+    assert [active.token_ids for active in batch.slots] == [[], []]
 
 
 def test_each_moment_counts_for_the_innermost_phase(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,29 +132,39 @@ def test_each_moment_counts_for_the_innermost_phase(monkeypatch: pytest.MonkeyPa
 
 
 def test_clocks_cover_every_phase_of_an_evicting_pass_and_come_off(subject: Subject) -> None:
-    full = FullSlots(subject, "snapkv", slots=2, cache_tokens=48, passes=3)
+    batch = full_slots(subject, "snapkv", slots=2, cache_tokens=48, passes=3)
     before = [getattr(owner, name) for _, owner, name in phases.FUNCTIONS]
-    with clocks(full.engine) as clock:
-        full.run(2)
+    with clocks(batch) as clock:
+        run_passes(batch, 2)
     assert {phase for phase in PHASES if clock.seconds[phase] > 0} == set(PHASES)
     assert [getattr(owner, name) for _, owner, name in phases.FUNCTIONS] == before
-    assert "_step" not in vars(full.engine)
+    assert "step" not in vars(batch)
     assert not any(hasattr(kernel, "__wrapped__") for kernel in KERNELS.values())
 
 
-def test_an_empty_slot_counts_as_idle_only_while_samples_wait(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full = FullSlots(subject, "keydiff", slots=2, cache_tokens=40, passes=3)
-    one, two = full.sequences
-    two.index = 1
-    monkeypatch.setattr(Engine, "_step", lambda *args: 0)
-    watch = JobWatch(engine=full.engine, num_samples=2)
-    watch.step([one, None])
+def test_an_empty_slot_counts_as_idle_only_while_requests_wait() -> None:
+    watch = JobWatch()
+    batch = SimpleNamespace(slots=[None, None], num_waiting=1, kv_bytes_allocated=1)
+    watch.note(batch, 1)
     assert watch.idle_passes == 1
-    watch.step([one, two])
-    watch.step([None, two])  # nobody waits any more
+    watch.note(batch, 2)
+    batch.num_waiting = 0  # nobody waits any more
+    watch.note(batch, 1)
     assert (watch.idle_passes, watch.busy) == (1, [1, 2, 1])
+
+
+def test_a_watched_batch_ends_with_every_request(subject: Subject) -> None:
+    engine = Engine(
+        subject.model, build(load_choice("policy", "keydiff")), budget_tokens=16, slots=2
+    )
+    lengths = [3, 9, 4, 2, 5]
+    asked = [Request(prompt=subject.text[:20], max_new_tokens=n) for n in lengths]
+    watch = JobWatch()
+    finished = watch.drive(engine.batch(asked))
+    assert sorted(one.index for one in finished) == [0, 1, 2, 3, 4]
+    assert watch.idle_passes == 0
+    assert set(watch.busy) == {1, 2}
+    assert sum(watch.busy) == sum(lengths)  # a pass for each token, the first of a prompt's pass
 
 
 def test_operations_of_a_decode_pass_are_those_that_torch_counts(subject: Subject) -> None:

@@ -16,7 +16,7 @@ def filled(num_tokens: int, num_slots: int = 2, seed: int = 0) -> LayerCache:
     positions = torch.arange(num_tokens).expand(num_slots, -1)
     heads = torch.arange(K)[None, :, None, None] * 1000
     keys = (positions[:, None, :, None] + heads).expand(-1, K, -1, D).float()
-    cache.append(slice(0, num_slots), 0, keys, -keys, positions)
+    cache.append(slice(0, num_slots), keys, -keys, positions)
     cache.columns(slice(0, num_slots), num_tokens)["mark"].copy_(keys[..., 0])
     return cache
 
@@ -98,11 +98,16 @@ def test_more_tokens_than_places_is_refused() -> None:
     cache = filled(6)
     keys = torch.zeros(2, K, 4, D)
     with pytest.raises(AssertionError, match="10 tokens in 9 places"):
-        cache.append(slice(0, 2), 6, keys, keys, torch.zeros(2, 4, dtype=torch.long))
+        cache.append(slice(0, 2), keys, keys, torch.zeros(2, 4, dtype=torch.long))
 
 
 def test_held_bytes_count_every_buffer() -> None:
     cache = filled(6)
     per_token = K * (2 * D * 4 + 4 + 4)  # keys, values, position, column
-    assert cache.held_bytes(0, 5) == 5 * per_token
+    assert cache.held_bytes(0) == 6 * per_token
+    cache.evict(slice(0, 1), torch.zeros(1, K, 6), 5)
+    assert cache.counts == [[5] * K, [6] * K]
+    assert (cache.held_bytes(0), cache.bytes_in_pass(0)) == (5 * per_token, 6 * per_token)
+    cache.clear(0)
+    assert (cache.held_bytes(0), cache.held_bytes(1)) == (0, 6 * per_token)
     assert cache.allocated_bytes == 2 * 9 * per_token

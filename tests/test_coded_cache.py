@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvarena.harness.engine import Engine, coded_cache
+from kvarena.harness.engine import Batch, Engine, Generation, coded_cache
 from kvarena.harness.engine.coded_cache import CodedCache
-from kvarena.harness.engine.sequence import Generation
 from kvarena.harness.registry import build, choices, load_choice
 from lossless import Lossless
-from toys import kernel_for, toy_model, toy_prompt
+from toys import finished, kernel_for, toy_model, toy_prompt
 
 POLICIES = [name for name in choices("policy") if name != "locret"]
 CODECS = choices("codec")
@@ -34,7 +33,7 @@ def generate(
     slots: int = 2,
     budget: int = 64,
     kv_dtype: torch.dtype | None = None,
-) -> tuple[Engine, list[Generation]]:
+) -> tuple[Batch, list[Generation]]:
     engine = Engine(
         toy_model(architecture, dtype=dtype),
         policy_named(policy_name),
@@ -45,13 +44,10 @@ def generate(
         slots=slots,
         attention=kernel_for(architecture),
     )
-    generations = engine.generate(
-        PROMPTS,
-        max_new_tokens=NEW_TOKENS,
-        record_history=True,
-        record_logits="all",
+    batch = engine.batch(
+        PROMPTS, max_new_tokens=NEW_TOKENS, record_history=True, record_logits="all"
     )
-    return engine, list(generations)
+    return batch, finished(batch)
 
 
 def assert_same(one: list[Generation], other: list[Generation], tolerance: float) -> None:
@@ -70,9 +66,9 @@ def test_a_lossless_codec_keeps_the_same_tokens_and_answers(
 ) -> None:
     _, plain = generate(policy_name, None, architecture=architecture)
     codec = Lossless(window=16, block=8)
-    engine, coded = generate(policy_name, codec, architecture=architecture)
+    batch, coded = generate(policy_name, codec, architecture=architecture)
     assert_same(coded, plain, 1e-9)
-    assert any(layer._segments[0] for layer in engine.layers)
+    assert any(layer._segments[0] for layer in batch.layers)
 
 
 @pytest.mark.parametrize("window", [0, 5])
@@ -92,10 +88,10 @@ def test_blocks_are_packed_anew_when_most_of_their_rows_are_gone(
         return take(codec, block, rows)
 
     monkeypatch.setattr(Lossless, "take", spy)
-    engine, _ = generate("keydiff", Lossless(window=8, block=16), slots=1)
+    batch, _ = generate("keydiff", Lossless(window=8, block=16), slots=1)
     assert taken
     assert all(0 < after <= 0.9 * before for before, after in taken)
-    for layer in engine.layers:
+    for layer in batch.layers:
         for segment in layer._segments[0]:
             assert max(segment.counts) > 0.9 * segment.block.num_rows
             assert segment.counts == tuple(segment.rows.sum(axis=1))
@@ -114,11 +110,11 @@ def test_every_policy_runs_with_every_codec_within_budget(
     policy_name: str, codec_name: str
 ) -> None:
     codec = codec_named(codec_name, window=16, block=32)
-    engine, generations = generate(policy_name, codec, dtype=torch.float32)
+    batch, generations = generate(policy_name, codec, dtype=torch.float32)
     for generation in generations:
         assert len(generation.token_ids) == NEW_TOKENS
         assert generation.finish_reason == "length"
-        if engine.policy.evicts:
+        if batch.policy.evicts:
             assert generation.kept_tokens <= 64
 
 
@@ -134,8 +130,8 @@ def test_a_sample_is_the_same_alone_and_among_others(policy_name: str, codec_nam
 
 def test_the_newest_tokens_are_exact_and_the_others_coded() -> None:
     codec = Lossless(window=20, block=8)
-    engine, _ = generate("full", codec, slots=1)
-    for layer in engine.layers:
+    batch, _ = generate("full", codec, slots=1)
+    for layer in batch.layers:
         (counts,) = layer._num_exact
         assert all(20 <= count < 28 for count in counts)
 
@@ -166,14 +162,14 @@ def held_by_walking(cache: CodedCache, slot: int, num_tokens: int) -> int:
 @pytest.mark.parametrize("policy_name", ["full", "h2o"])
 def test_counted_bytes_are_those_of_what_is_held(policy_name: str, codec_name: str) -> None:
     codec = codec_named(codec_name, window=16, block=32)
-    engine, generations = generate(
+    batch, generations = generate(
         policy_name, codec, slots=4, dtype=torch.float32, kv_dtype=torch.float16
     )
     for slot, generation in enumerate(generations):
         num_tokens = generation.kept_history[-1].positions[0].shape[1]
-        for layer in engine.layers:
-            assert layer.held_bytes(slot, num_tokens) == held_by_walking(layer, slot, num_tokens)
-        held = sum(layer.held_bytes(slot, num_tokens) for layer in engine.layers)
+        for layer in batch.layers:
+            assert layer.held_bytes(slot) == held_by_walking(layer, slot, num_tokens)
+        held = sum(layer.held_bytes(slot) for layer in batch.layers)
         assert held <= generation.kv_bytes_kept <= generation.kv_bytes_peak
 
 

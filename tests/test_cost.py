@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from kvarena.harness.engine import attention
 from kvarena.harness.engine.attention import AttentionSpec
-from kvarena.harness.engine.forward_pass import ForwardPass, Run
+from kvarena.harness.engine.forward_pass import ForwardPass
 from kvarena.harness.engine.layer_cache import LayerCache
+from kvarena.harness.engine.packing import Run
 from kvarena.harness.registry import build, choices, load_choice
 from kvarena.policies.base import LayerView, NewTokens, Policy
 
@@ -146,7 +147,7 @@ def test_neighbours_are_found_by_counting_unless_the_text_is_far_longer_than_the
 def filled_cache(policy: Policy, num_tokens: int) -> LayerCache:
     cache = LayerCache(S, T, policy.columns)
     keys, values = torch.randn(S, K, num_tokens, D), torch.randn(S, K, num_tokens, D)
-    cache.append(slice(0, S), 0, keys, values, torch.arange(num_tokens).expand(S, -1))
+    cache.append(slice(0, S), keys, values, torch.arange(num_tokens).expand(S, -1))
     return cache
 
 
@@ -168,10 +169,8 @@ def attend(policy: Policy, cache: LayerCache, num_new: int) -> Written:
     run = Run(
         slots=slice(0, S),
         row=slice(0, S * num_new),
-        num_live=KEPT,
         num_new=num_new,
-        num_kept=KEPT,
-        budget_tokens=KEPT,
+        limit_tokens=KEPT,
         positions=torch.arange(KEPT, KEPT + num_new).expand(S, -1),
         text_tokens=KEPT + num_new,
     )
@@ -179,7 +178,8 @@ def attend(policy: Policy, cache: LayerCache, num_new: int) -> Written:
     total = S * num_new
     query, key = torch.randn(1, H, total, D), torch.randn(1, K, total, D)
     module: Any = SimpleNamespace(layer_idx=0)
-    run.causal_mask, run.next_position  # noqa: B018  (once per pass, not per layer)
+    run.causal_mask(KEPT + num_new)  # once per pass, not per layer
+    assert run.next_position is not None
     return written_by(lambda: forward.attend(module, query, key, key.clone(), SPEC))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine import Batch, Engine, Request
 from kvarena.harness.engine.attention import KERNELS, attend_sdpa
 from kvarena.harness.engine.layer_cache import LayerCache
 from kvarena.harness.engine.sampling import Sampling
@@ -17,7 +17,7 @@ from kvarena.policies.base import LayerView
 from kvarena.policies.full import Full
 from kvarena.policies.keydiff import KeyDiff
 from kvarena.policies.streaming_llm import StreamingLLM
-from toys import VOCAB, toy_model, toy_prompt
+from toys import VOCAB, finished, requests, toy_model, toy_prompt
 
 POLICIES = choices("policy")
 EVICTING = [name for name in POLICIES if name != "full"]
@@ -37,24 +37,25 @@ def test_no_layer_ever_holds_more_than_budget_and_chunk(
     budget, chunk, most_held = 48, 16, []
     append = LayerCache.append
 
-    def spy(cache: LayerCache, slots: slice, start: int, keys: torch.Tensor, *rest: object) -> None:
-        append(cache, slots, start, keys, *rest)
-        most_held.append(start + keys.shape[2])
+    def spy(cache: LayerCache, *rest: object) -> int:
+        most_held.append(append(cache, *rest))
         assert cache.keys.shape[2] == cache.values.shape[2] == budget + chunk
+        return most_held[-1]
 
     monkeypatch.setattr(LayerCache, "append", spy)
     engine = Engine(
         toy_model(), policy_named(name), budget_tokens=budget, chunk_tokens=chunk, slots=2
     )
     prompts = [toy_prompt(300), toy_prompt(10, seed=1), toy_prompt(77, seed=2)]
-    generations = list(engine.generate(prompts, max_new_tokens=60, record_history=True))
+    batch = engine.batch(prompts, max_new_tokens=60, record_history=True)
+    generations = finished(batch)
     assert max(most_held) == budget + chunk
     for generation in generations:
         for step in generation.kept_history:
             assert all(positions.shape[1] <= budget for positions in step.positions)
-    layer_bytes = [layer.allocated_bytes for layer in engine.layers]
-    assert engine.kv_bytes_allocated == sum(layer_bytes)
-    assert generations[0].kv_bytes_peak <= engine.kv_bytes_allocated // 2
+    layer_bytes = [layer.allocated_bytes for layer in batch.layers]
+    assert batch.kv_bytes_allocated == sum(layer_bytes)
+    assert generations[0].kv_bytes_peak <= batch.kv_bytes_allocated // 2
     assert generations[0].kv_bytes_kept < generations[0].kv_bytes_peak
 
 
@@ -106,33 +107,27 @@ def test_slots_refill_and_results_come_in_prompt_order() -> None:
     prompts = [toy_prompt(length, seed=length) for length in (80, 5, 40, 20, 60)]
     lengths = [30, 2, 9, 1, 17]
     passes: list[int] = []
-    generations = list(engine.generate(prompts, max_new_tokens=lengths, on_pass=passes.append))
+    asked = requests(prompts, max_new_tokens=lengths)
+    generations = list(engine.generate(asked, on_pass=passes.append))
     assert [g.index for g in generations] == [0, 1, 2, 3, 4]
     assert [len(g.token_ids) for g in generations] == lengths
     assert sum(passes) == sum(map(len, prompts)) + sum(lengths) - len(lengths)
-    as_completed = engine.generate(prompts, max_new_tokens=lengths, as_completed=True)
+    as_completed = engine.generate(asked, as_completed=True)
     assert next(as_completed).index == 1
 
 
-def test_no_slot_idles_while_prompts_wait_and_memory_stays_as_it_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_no_slot_idles_while_prompts_wait_and_memory_stays_as_it_is() -> None:
     engine = Engine(toy_model(), KeyDiff(), budget_tokens=32, chunk_tokens=16, slots=3)
     prompts = [toy_prompt(length, seed=length) for length in (80, 5, 40, 20, 60, 7, 33, 90)]
-    num_finished, allocated = 0, set()
-    step = Engine._step
-
-    def spy(engine: Engine, slots: list, *rest: object) -> int:
-        num_left = len(prompts) - num_finished
-        assert sum(occupant is not None for occupant in slots) == min(3, num_left)
-        num_tokens = step(engine, slots, *rest)
-        allocated.add(engine.kv_bytes_allocated)
-        return num_tokens
-
-    monkeypatch.setattr(Engine, "_step", spy)
     lengths = [30, 2, 9, 1, 17, 5, 1, 3]
-    for _ in engine.generate(prompts, max_new_tokens=lengths, as_completed=True):
-        num_finished += 1
+    batch = engine.batch(requests(prompts, max_new_tokens=lengths))
+    num_finished, allocated = 0, set()
+    while batch.has_work:
+        num_left = len(prompts) - num_finished
+        ended = batch.step()
+        assert batch.num_busy + len(ended) == min(3, num_left)
+        num_finished += len(ended)
+        allocated.add(batch.kv_bytes_allocated)
     assert num_finished == len(prompts)
     assert len(allocated) == 1
 
@@ -158,9 +153,8 @@ def test_stop_tokens_end_a_sequence_and_are_kept() -> None:
     free = list(Engine(model, Full()).generate(prompts, max_new_tokens=12))
     stop = free[0].token_ids[4]
     first = free[0].token_ids.index(stop)
-    stopped = list(
-        Engine(model, Full()).generate(prompts, max_new_tokens=12, stop_token_ids=[[stop], []])
-    )
+    asked = requests(prompts, max_new_tokens=[12, 12], stop_token_ids=[[stop], []])
+    stopped = list(Engine(model, Full()).generate(asked))
     assert stopped[0].token_ids == free[0].token_ids[: first + 1]
     assert stopped[0].finish_reason == "stop"
     assert stopped[1].token_ids == free[1].token_ids
@@ -173,12 +167,8 @@ def test_sampling_depends_on_the_seed_and_on_nothing_else() -> None:
 
     def run(order: list[int], seeds: list[int], slots: int) -> list[list[int]]:
         engine = Engine(model, KeyDiff(), budget_tokens=24, chunk_tokens=16, slots=slots)
-        generations = engine.generate(
-            [prompts[i] for i in order],
-            max_new_tokens=20,
-            sampling=sampling,
-            seeds=[seeds[i] for i in order],
-        )
+        asked = [Request(prompt=prompts[i], max_new_tokens=20, seed=seeds[i]) for i in order]
+        generations = engine.generate(asked, sampling=sampling)
         return [g.token_ids for g in generations]
 
     first, second = run([0, 1], [7, 8], slots=2)
@@ -191,11 +181,8 @@ def test_top_k_of_one_is_greedy() -> None:
     model, prompt = toy_model(), toy_prompt(30)
     greedy = next(Engine(model, Full()).generate([prompt], max_new_tokens=10))
     engine = Engine(model, Full())
-    sampled = next(
-        engine.generate(
-            [prompt], max_new_tokens=10, sampling=Sampling(temperature=2.0, top_k=1), seeds=3
-        )
-    )
+    asked = Request(prompt=prompt, max_new_tokens=10, seed=3)
+    sampled = next(engine.generate([asked], sampling=Sampling(temperature=2.0, top_k=1)))
     assert sampled.token_ids == greedy.token_ids
 
 
@@ -226,9 +213,10 @@ def test_times_run_from_the_slot_to_the_first_token_and_over_the_rest(
 ) -> None:
     """With a clock that ticks once per reading: at admission, and after every deciding pass."""
     ticks = iter(range(1000))
-    monkeypatch.setattr("kvarena.harness.engine.engine.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("kvarena.harness.engine.batch.perf_counter", lambda: float(next(ticks)))
     engine = Engine(toy_model(), KeyDiff(), budget_tokens=32, chunk_tokens=16, slots=1)
-    first, second = engine.generate([toy_prompt(40), toy_prompt(30)], max_new_tokens=[5, 1])
+    prompts = [toy_prompt(40), toy_prompt(30)]
+    first, second = engine.generate(requests(prompts, max_new_tokens=[5, 1]))
     assert (first.ttft_sec, first.decode_tokens_per_sec) == (1, 1)
     assert (second.ttft_sec, second.decode_tokens_per_sec) == (1, None)
 
@@ -260,18 +248,18 @@ def test_logits_that_are_no_numbers_end_the_answer_as_invalid(
         return list(engine.generate(prompts, max_new_tokens=4, sampling=sampling))
 
     untouched = answers()
-    forward = Engine._forward
+    forward = Batch._logits
 
-    def poisoned(engine: Engine, row: list, work: list, rows_wanted: list) -> tuple:
-        logits, runs = forward(engine, row, work, rows_wanted)
+    def poisoned(batch: Batch, row: list, portions: list, rows_wanted: list) -> tuple:
+        logits, runs = forward(batch, row, portions, rows_wanted)
         logits = logits.clone()
-        deciding = [s for _, s, t in work if s.num_seen + len(t) >= len(s.prompt)]
+        deciding = [active for _, active, tokens in portions if active.chooses_after(len(tokens))]
         for i, sequence in enumerate(deciding):
             if sequence.index == 0 and len(sequence.token_ids) == 2:
                 logits[i, where] = bad
         return logits, runs
 
-    monkeypatch.setattr(Engine, "_forward", poisoned)
+    monkeypatch.setattr(Batch, "_logits", poisoned)
     broken, neighbour = answers()
     assert broken.finish_reason == "invalid"
     assert broken.token_ids == untouched[0].token_ids[:2]
@@ -408,13 +396,11 @@ def test_no_bos_and_an_empty_prompt_is_refused() -> None:
 
 
 def test_an_unknown_attention_argument_is_not_ignored() -> None:
-    from kvarena.harness.engine.forward_pass import arena_attention
+    from kvarena.harness.engine.forward_pass import packed_attention
 
     tensor = torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match="position_bias"):
-        arena_attention(
-            torch.nn.Identity(), tensor, tensor, tensor, None, arena=None, position_bias=tensor
-        )
+        packed_attention(torch.nn.Identity(), tensor, tensor, tensor, None, position_bias=tensor)
 
 
 def test_no_prompts_give_no_generations() -> None:
@@ -436,14 +422,9 @@ def test_a_question_held_back_does_not_change_what_the_context_keeps(name: str) 
     context, kept = toy_prompt(150), []
     for seed in (1, 2):
         engine = Engine(model, policy_named(name), budget_tokens=64, chunk_tokens=16)
-        generation = next(
-            engine.generate(
-                [context + toy_prompt(20, seed=seed)],
-                max_new_tokens=4,
-                question_tokens=20,
-                record_history=True,
-            )
-        )
+        prompt = context + toy_prompt(20, seed=seed)
+        asked = Request(prompt=prompt, max_new_tokens=4, question_tokens=20)
+        generation = next(engine.generate([asked], record_history=True))
         after_context = [s for s in generation.kept_history if s.seen_tokens == 150]
         assert len(after_context) == 1
         after_question = [s for s in generation.kept_history if s.seen_tokens == 170]
@@ -462,17 +443,14 @@ def test_a_question_held_back_does_not_change_what_the_context_keeps(name: str) 
 def test_a_question_that_fills_the_budget_is_refused() -> None:
     engine = Engine(toy_model(), KeyDiff(), budget_tokens=32)
     with pytest.raises(UsageError, match="32 tokens beside a question of 32 leaves nothing"):
-        engine.generate([toy_prompt(80)], max_new_tokens=4, question_tokens=32)
+        engine.generate([Request(prompt=toy_prompt(80), max_new_tokens=4, question_tokens=32)])
 
 
 def test_no_stop_token_before_the_minimum() -> None:
     model, prompt = toy_model(), toy_prompt(30)
     first = next(Engine(model, Full()).generate([prompt], max_new_tokens=1)).token_ids[0]
-    generation = next(
-        Engine(model, Full()).generate(
-            [prompt], max_new_tokens=9, stop_token_ids=[first], min_new_tokens=1
-        )
-    )
+    asked = Request(prompt=prompt, max_new_tokens=9, stop_token_ids=[first], min_new_tokens=1)
+    generation = next(Engine(model, Full()).generate([asked]))
     assert generation.token_ids[0] != first
 
 
@@ -481,9 +459,8 @@ def test_forcing_the_own_answer_repeats_its_logits(name: str) -> None:
     model, prompts = toy_model(dtype=torch.float64), [toy_prompt(90), toy_prompt(40, seed=2)]
     engine = Engine(model, policy_named(name), budget_tokens=32, chunk_tokens=16)
     free = list(engine.generate(prompts, max_new_tokens=12, record_logits="answer"))
-    again = list(
-        engine.generate(prompts, forced=[g.token_ids for g in free], record_logits="answer")
-    )
+    asked = requests(prompts, forced=[g.token_ids for g in free])
+    again = list(engine.generate(asked, record_logits="answer"))
     for one, other in zip(free, again, strict=True):
         assert one.logits.shape == (12, VOCAB)
         assert one.logits.argmax(dim=-1).tolist() == one.token_ids == other.token_ids
@@ -493,7 +470,8 @@ def test_forcing_the_own_answer_repeats_its_logits(name: str) -> None:
 def test_a_forced_answer_is_fed_whatever_the_model_thinks() -> None:
     engine = Engine(toy_model(), KeyDiff(), budget_tokens=32)
     answer = [5, 6, 7]
-    (generation,) = engine.generate([toy_prompt(50)], forced=[answer], stop_token_ids=[6])
+    asked = Request(prompt=toy_prompt(50), forced=answer, stop_token_ids=[6])
+    (generation,) = engine.generate([asked])
     assert generation.token_ids == answer
     with pytest.raises(UsageError, match="either max_new_tokens or forced"):
         engine.generate([toy_prompt(5)])
@@ -543,7 +521,7 @@ def test_ranks_are_refused_where_layers_without_positions_cannot_be_told(model_t
 
 def test_an_empty_forced_answer_is_named() -> None:
     with pytest.raises(UsageError, match="forced answer 1 is empty"):
-        Engine(toy_model(), Full()).generate([[5], [6]], forced=[[7], []])
+        Engine(toy_model(), Full()).generate(requests([[5], [6]], forced=[[7], []]))
 
 
 def test_two_iterators_of_one_engine_do_not_share_a_cache() -> None:
@@ -575,8 +553,7 @@ def test_a_policy_s_own_infinity_does_not_outrank_protection() -> None:
 
 def test_the_short_chunk_of_a_prompt_and_of_a_question_comes_first() -> None:
     engine = Engine(toy_model(), KeyDiff(), budget_tokens=32, chunk_tokens=16)
-    (generation,) = engine.generate(
-        [toy_prompt(60)], max_new_tokens=1, question_tokens=20, record_history=True
-    )
+    asked = Request(prompt=toy_prompt(60), max_new_tokens=1, question_tokens=20)
+    (generation,) = engine.generate([asked], record_history=True)
     assert generation.kept_history is not None
     assert [kept.seen_tokens for kept in generation.kept_history] == [8, 24, 40, 44, 60]

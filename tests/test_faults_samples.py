@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from faulty import Hook, Kvarena, comparable, hook_model, logits_row, needle_prompts, read_rows
-from kvarena.harness import answers, engine, run_cell
-from kvarena.harness.engine.layer_cache import LayerCache
+from kvarena.harness import answers, run_cell
+from kvarena.harness.engine import Batch
 from kvarena.harness.results import read_status
 from kvarena.policies.base import LayerView
 from kvarena.policies.keydiff import KeyDiff
@@ -117,17 +117,16 @@ def test_a_sample_that_fails_has_a_status_and_runs_again_alone(
 def test_a_failed_attempt_lets_go_of_its_caches_before_memory_is_tidied(
     kvarena: Kvarena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    new_layers, score, held, failures = engine.new_layers, KeyDiff.score, [], []
+    start, score, held, failures = Batch.__init__, KeyDiff.score, [], []
     still_there: dict[str, list[int]] = {"empty_cache": [], "next attempt": []}
 
     def count(moment: str) -> None:
         still_there[moment].append(sum(layer() is not None for layer in held))
 
-    def watched(*arguments: Any, **options: Any) -> list[LayerCache]:
+    def watched(batch: Batch, *arguments: Any, **options: Any) -> None:
         count("next attempt")
-        layers = new_layers(*arguments, **options)
-        held.extend(weakref.ref(layer) for layer in layers)
-        return layers
+        start(batch, *arguments, **options)
+        held.extend(weakref.ref(layer) for layer in batch.layers)
 
     def fail_once(policy: KeyDiff, view: LayerView) -> torch.Tensor:
         if not failures:
@@ -138,7 +137,7 @@ def test_a_failed_attempt_lets_go_of_its_caches_before_memory_is_tidied(
     cuda = SimpleNamespace(is_available=lambda: True, empty_cache=lambda: count("empty_cache"))
     fake_torch = SimpleNamespace(cuda=cuda, OutOfMemoryError=torch.OutOfMemoryError)
     monkeypatch.setattr(run_cell, "torch", fake_torch)
-    monkeypatch.setattr(engine, "new_layers", watched)
+    monkeypatch.setattr(Batch, "__init__", watched)
     monkeypatch.setattr(KeyDiff, "score", fail_once)
     assert kvarena().code == 0
     # All together, then each of the three alone.

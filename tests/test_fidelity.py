@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from kvarena.codecs.none import NoCodec
 from kvarena.harness import run_cell as cell_runs
 from kvarena.harness.cell import Cell
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine import Engine, Request
 from kvarena.harness.engine.sampling import Sampling
 from kvarena.harness.errors import UsageError
 from kvarena.harness.fidelity import RecallProbe, compare, forced_answers
@@ -81,15 +82,15 @@ def forced(
 ) -> list[tuple[Any, dict]]:
     """Generations and measures in the order of the samples, on a toy model."""
     samples = toy_samples() if samples is None else samples
+
+    def engine(model: Any, codec: Any, **changes: Any) -> Engine:
+        options = {"policy": policy, "slots": 3, "chunk_tokens": chunk} | changes
+        return Engine(model, codec=codec, **{k: v for k, v in options.items() if v is not None})
+
     cell = SimpleNamespace(
         task=task or ToyForced(),
-        policy=policy,
-        codec=NoCodec(),
-        torch_kv_dtype=None,
         label="toy",
-        slots=3,
-        chunk_tokens=chunk,
-        attention="sdpa",
+        engine=engine,
         identity=dict.fromkeys(["model", "dtype", "attention", "device"], "toy")
         | {"chunk": chunk, "content": {"model": "toy"}},
     )
@@ -98,10 +99,18 @@ def forced(
         toy_model(dtype=dtype),
         None,
         samples,
+        [
+            Request(
+                prompt=sample.prompt_token_ids,
+                max_new_tokens=sample.max_new_tokens,
+                budget_tokens=budget,
+                question_tokens=question_tokens,
+                stop_token_ids=set(stops),
+                min_new_tokens=int(sample.stop_newline),
+            )
+            for sample in samples
+        ],
         codec=NoCodec(),
-        budgets=[budget] * len(samples),
-        question_tokens=[question_tokens] * len(samples),
-        stop_token_ids=[set(stops)] * len(samples),
         cache_dir=folder,
     )
     return sorted(found, key=lambda pair: pair[0].index)
@@ -196,7 +205,8 @@ def test_measures_are_those_of_two_runs_by_hand(tmp_path: Path) -> None:
     for policy, budget in ((Full(), None), (KeyDiff(), 40)):
         engine = Engine(model, policy, budget_tokens=budget, chunk_tokens=32, slots=1)
         prompt = toy_samples()[1].prompt_token_ids
-        run = next(engine.generate([prompt], forced=[answer], record_logits="answer"))
+        asked = Request(prompt=prompt, forced=answer)
+        run = next(engine.generate([asked], record_logits="answer"))
         logits.append(run.logits)
     expected = compare(*logits, answer)
     measures = forced(tmp_path, KeyDiff(), 40, task=ToyForced(answer))[1][1]
@@ -310,13 +320,11 @@ def test_recall_equals_written_out_attention(
     model = toy_model(architecture)
     policy = build(load_choice("policy", name))
     engine = Engine(model, policy, budget_tokens=40, chunk_tokens=32)
-    run = next(
-        engine.generate(
-            [prompt], forced=[answer], question_tokens=question_tokens, record_history=True
-        )
-    )
+    asked = Request(prompt=prompt, forced=answer)
+    held_back = replace(asked, question_tokens=question_tokens)
+    run = next(engine.generate([held_back], record_history=True))
     probe = RecallProbe(len(prompt), run.kept_history)
-    next(Engine(model, probe, chunk_tokens=48, slots=1).generate([prompt], forced=[answer]))
+    next(Engine(model, probe, chunk_tokens=48, slots=1).generate([asked]))
     expected = written_out_recall(architecture, prompt, answer, run.kept_history, torch.float32)
     assert probe.shares.shape == expected.shape == (3, 4)
     torch.testing.assert_close(probe.shares, expected, rtol=0, atol=1e-5)

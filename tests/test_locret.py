@@ -36,7 +36,7 @@ from kvarena.policies.locret import Locret, retaining_scores, token_features
 from kvarena.tasks.base import Sample
 from kvarena.tasks.haystack import load_sentences
 from toy_folder import save_haystack, save_model_folder, toy_cell
-from toys import kernel_for, save_random_heads, toy_model, toy_prompt
+from toys import finished, kernel_for, save_random_heads, toy_model, toy_prompt
 
 S, K, H, D, Q = 2, 2, 4, 16, 5
 
@@ -150,8 +150,9 @@ def test_scores_travel_with_their_tokens_and_the_best_stay(heads: str) -> None:
 
     policy = Locret(heads=heads, stabilizer_ratio=0.25)
     engine = Engine(model, policy, budget_tokens=40, chunk_tokens=16, slots=1)
-    (generation,) = engine.generate([prompt], max_new_tokens=1, record_kept=True)
-    layer = engine.layers[0]
+    batch = engine.batch([prompt], max_new_tokens=1, record_kept=True)
+    (generation,) = finished(batch)
+    layer = batch.layers[0]
     column = layer.columns(slice(0, 1), 40)["retaining_score"][0]
     torch.testing.assert_close(column, ahead.gather(-1, layer.positions[0, :, :40].long()))
     for head in range(K):

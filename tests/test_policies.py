@@ -12,7 +12,7 @@ from kvarena.policies.l2norm import L2Norm
 from kvarena.policies.snapkv import SnapKV
 from kvarena.policies.streaming_llm import StreamingLLM
 from kvarena.policies.tova import TOVA
-from toys import toy_model, toy_prompt
+from toys import finished, toy_model, toy_prompt
 
 S, K, G, T, D = 3, 2, 2, 40, 16  # heads as in the toy models
 POLICIES = choices("policy")
@@ -281,12 +281,13 @@ def test_h2o_streamed_mass_equals_brute_force_column_sums() -> None:
     model = toy_model("llama", dtype=torch.float64)
     prompt = toy_prompt(90)
     engine = Engine(model, H2O(), budget_tokens=500, chunk_tokens=16, slots=1)
-    generation = next(engine.generate([prompt], max_new_tokens=9))
+    batch = engine.batch([prompt], max_new_tokens=9)
+    (generation,) = finished(batch)
     tokens = prompt + generation.token_ids[:-1]
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         attentions = model(torch.tensor([tokens]), output_attentions=True).attentions
-    for layer, weights in zip(engine.layers, attentions, strict=True):
+    for layer, weights in zip(batch.layers, attentions, strict=True):
         by_head = weights[0].sum(dim=1)  # [H, T]
         expected = by_head.view(layer.keys.shape[1], -1, len(tokens)).sum(dim=1)
         streamed = layer.columns(slice(0, 1), len(tokens))["attention_mass"][0]

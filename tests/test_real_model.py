@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvarena.harness.engine import Engine
+from kvarena.harness.engine import Engine, Request
 from kvarena.harness.models import load_model
 from kvarena.harness.registry import build, choices, load_choice
 from kvarena.policies.full import Full
@@ -49,9 +49,7 @@ def test_replay_oracle_holds(name: str) -> None:
     engine = Engine(model, policy, budget_tokens=128, chunk_tokens=64, slots=1)
     generation = next(
         engine.generate(
-            [prompt],
-            max_new_tokens=66,
-            stop_token_ids=(),
+            [Request(prompt=prompt, max_new_tokens=66, stop_token_ids=())],
             record_history=True,
             record_logits="all",
         )

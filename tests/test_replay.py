@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from kvarena.harness.engine import Engine
-from kvarena.harness.engine.sequence import Generation
+from kvarena.harness.engine import Engine, Generation
 from kvarena.harness.registry import build, choices, load_choice
 from oracle import rank_shifts, replay, seen_by_each_query
 from toys import ARCHITECTURES, kernel_for, toy_model, toy_prompt

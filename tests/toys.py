@@ -1,10 +1,14 @@
 """Tiny random models of many architectures, and prompts for them."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from kvarena.harness.engine import Batch, Generation, Request
 
 VOCAB = 128
 _SMALL = {
@@ -108,3 +112,19 @@ def save_random_heads(
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(heads, path)
     return path
+
+
+def requests(prompts: Sequence[Sequence[int]], **lists: Sequence[Any]) -> list[Request]:
+    """One request per prompt; every option is a list with an entry for each."""
+    return [
+        Request(prompt=prompt, **{name: values[i] for name, values in lists.items()})
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def finished(batch: Batch) -> list[Generation]:
+    """All generations of a batch, by index; what it held last is still in its layers."""
+    found: list[Generation] = []
+    while batch.has_work:
+        found += batch.step()
+    return sorted(found, key=lambda generation: generation.index)

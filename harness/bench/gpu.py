@@ -21,7 +21,6 @@ from kvarena.harness.bench.speed import prefill
 from kvarena.harness.bench.subjects import Subject, llama_8b, toy
 from kvarena.harness.bench.targets import TARGET_COLUMNS, check
 from kvarena.harness.engine import Engine
-from kvarena.harness.engine.cuda_graphs import GraphEngine
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import check_device
 from kvarena.harness.registry import build, load_choice
@@ -119,27 +118,28 @@ def end_to_end(subject: Subject, plan: GpuPlan) -> list[Variant]:
     """A prompt and its answer at one slot; on CUDA also with decoding steps as CUDA graphs."""
     written_out = [(policy, "reference") for policy in WEIGHT_POLICIES]
     found = [
-        _answer(subject, plan, policy, attention, Engine)
+        _answer(subject, plan, policy, attention)
         for policy, attention in [*((policy, "sdpa") for policy in POLICIES), *written_out]
     ]
     if subject.device.type == "cuda":
-        found += [_answer(subject, plan, policy, "sdpa", GraphEngine) for policy in POLICIES]
+        found += [_answer(subject, plan, policy, "sdpa", graphs=True) for policy in POLICIES]
     return found
 
 
 def _answer(
-    subject: Subject, plan: GpuPlan, policy: str, attention: str, kind: type[Engine]
+    subject: Subject, plan: GpuPlan, policy: str, attention: str, *, graphs: bool = False
 ) -> Variant:
     prompt_tokens, new_tokens = plan.end_tokens
 
     def run(num_prompt: int, num_new: int) -> dict[str, float]:
-        engine = kind(
+        engine = Engine(
             subject.model,
             build(load_choice("policy", policy)),
             budget_tokens=plan.budgets[0],
             chunk_tokens=plan.chunk_tokens,
             slots=1,
             attention=attention,
+            graphs=graphs,
         )
         started = now_sec(subject.device)
         list(engine.generate([subject.text[:num_prompt]], max_new_tokens=num_new))
@@ -153,7 +153,7 @@ def _answer(
         case=Case(
             section="end_to_end",
             what="end_to_end",
-            system="kvarena" if kind is Engine else "kvarena_graphs",
+            system="kvarena_graphs" if graphs else "kvarena",
             policy=policy,
             attention=attention,
             prompt_tokens=prompt_tokens,

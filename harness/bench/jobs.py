@@ -4,18 +4,14 @@ The answers have a fixed length, so that every system writes equally much. Besid
 tells whether a slot was ever idle while samples waited, and whether memory grew.
 """
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import Any
-from unittest import mock
 
 from kvarena.harness.bench.measure import Case, Variant, now_sec
 from kvarena.harness.bench.memory import resident_bytes
 from kvarena.harness.bench.peers import KvpressServer, Prompts, generate_job, kvpress_job
 from kvarena.harness.bench.plan import Plan
 from kvarena.harness.bench.subjects import Subject
-from kvarena.harness.engine import Engine
-from kvarena.harness.engine.sequence import Sequence
+from kvarena.harness.engine import Batch, Engine, Generation, Request
 from kvarena.harness.registry import build, load_choice
 
 _POLICY = "keydiff"  # kvpress has it as well
@@ -23,26 +19,29 @@ _POLICY = "keydiff"  # kvpress has it as well
 
 @dataclass(kw_only=True)
 class JobWatch:
-    """Looks at the slots before each pass, from outside the engine."""
+    """What a batch looked like in each pass."""
 
-    engine: Engine
-    num_samples: int
-    idle_passes: int = 0  # passes with an empty slot while a sample waited
+    idle_passes: int = 0  # passes with an empty slot while a request waited
     busy: list[int] = field(default_factory=list)  # slots at work
     allocated: list[int] = field(default_factory=list)  # bytes of all cache buffers
     resident: list[int] = field(default_factory=list)  # bytes of the process
-    _seen: set[int] = field(default_factory=set)
 
-    def step(self, slots: Seq[Sequence | None], *rest: Any) -> int:  # Any: what _step takes
-        """Stand in for ``Engine._step``."""
-        at_work = [sequence.index for sequence in slots if sequence is not None]
-        self._seen.update(at_work)
-        self.busy.append(len(at_work))
-        self.idle_passes += len(at_work) < len(slots) and len(self._seen) < self.num_samples
-        num_tokens = Engine._step(self.engine, slots, *rest)
-        self.allocated.append(self.engine.kv_bytes_allocated)
+    def drive(self, batch: Batch) -> list[Generation]:
+        """Move the batch on to its end."""
+        finished = []
+        while batch.has_work:
+            # The pass fills free slots first, as long as there are requests to fill them with.
+            ready = batch.num_busy + batch.num_waiting
+            finished += batch.step()
+            self.note(batch, min(ready, len(batch.slots)))
+        return finished
+
+    def note(self, batch: Batch, num_busy: int) -> None:
+        """After a pass in which so many slots worked."""
+        self.busy.append(num_busy)
+        self.idle_passes += num_busy < len(batch.slots) and batch.num_waiting > 0
+        self.allocated.append(batch.kv_bytes_allocated)
         self.resident.append(resident_bytes())
-        return num_tokens
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -104,17 +103,17 @@ def _engine_job(subject: Subject, case: Case, prompts: Prompts) -> Variant:
             chunk_tokens=chunk_tokens,
             slots=slots,
         )
-        watch = JobWatch(engine=engine, num_samples=len(some))
-        with mock.patch.object(engine, "_step", watch.step):
-            started = now_sec(subject.device)
-            finished = list(
-                engine.generate(
-                    [prompt for prompt, _ in some],
-                    max_new_tokens=case.new_tokens,
-                    stop_token_ids=(),
-                )
+        watch = JobWatch()
+        started = now_sec(subject.device)
+        finished = watch.drive(
+            engine.batch(
+                [
+                    Request(prompt=prompt, max_new_tokens=case.new_tokens, stop_token_ids=())
+                    for prompt, _ in some
+                ]
             )
-            job_sec = now_sec(subject.device) - started
+        )
+        job_sec = now_sec(subject.device) - started
         assert len(finished) == len(some), "every prompt has an answer"
         return {
             "job_sec": job_sec,

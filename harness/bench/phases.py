@@ -16,9 +16,9 @@ import torch
 
 from kvarena.harness.bench.measure import Case, Variant, now_sec
 from kvarena.harness.bench.plan import POLICIES, Plan
-from kvarena.harness.bench.steps import FullSlots
+from kvarena.harness.bench.steps import full_slots, run_passes
 from kvarena.harness.bench.subjects import Subject
-from kvarena.harness.engine import Engine, attention, layer_cache
+from kvarena.harness.engine import Batch, attention, layer_cache
 from kvarena.harness.engine.attention import KERNELS
 from kvarena.harness.engine.forward_pass import ForwardPass
 from kvarena.harness.engine.layer_cache import LayerCache
@@ -33,12 +33,12 @@ FUNCTIONS: tuple[tuple[str, Any, str], ...] = (  # Any: a module or a class
     ("attention", attention, "attend_with_mass"),
     ("attention", attention, "attend_with_weights"),
     ("score", attention, "last_query_weights"),
-    ("score", ForwardPass, "_new_tokens"),
-    ("selection", ForwardPass, "_protect"),
+    ("score", ForwardPass, "new_tokens"),
+    ("selection", ForwardPass, "protect"),
     ("selection", LayerCache, "evict"),
     ("movement", LayerCache, "append"),
-    ("movement", layer_cache, "_move"),
-    ("movement", ForwardPass, "_move_sinks"),
+    ("movement", layer_cache, "move_rows"),
+    ("movement", ForwardPass, "move_sinks"),
     ("bookkeeping", ForwardPass, "attend"),
 )
 
@@ -76,14 +76,14 @@ class PhaseClock:
 
 
 @contextmanager
-def clocks(engine: Engine) -> Iterator[PhaseClock]:
-    """Clocks round the functions of one engine, taken off again at the end."""
-    clock = PhaseClock(engine.model.device)
+def clocks(batch: Batch) -> Iterator[PhaseClock]:
+    """Clocks round the functions of one batch, taken off again at the end."""
+    clock = PhaseClock(batch.device)
     points = (
         *FUNCTIONS,
-        ("score", engine.policy, "score"),
-        ("model", engine.model, "forward"),
-        ("bookkeeping", engine, "_step"),
+        ("score", batch.policy, "score"),
+        ("model", batch.model, "forward"),
+        ("bookkeeping", batch, "step"),
     )
     with ExitStack() as patches:
         kernels = {name: clock.wrap("attention", kernel) for name, kernel in KERNELS.items()}
@@ -109,8 +109,8 @@ def _split(
 ) -> Variant:
     passes = plan.passes
 
-    def warm_slots() -> FullSlots:
-        full = FullSlots(
+    def warm_batch() -> Batch:
+        batch = full_slots(
             subject,
             policy,
             slots=slots,
@@ -118,14 +118,14 @@ def _split(
             passes=passes + 1,
             chunk_tokens=chunk_tokens,
         )
-        full.run(1)
-        return full
+        run_passes(batch, 1)
+        return batch
 
     def run() -> dict[str, float]:
-        pass_sec = warm_slots().run(passes)
-        full = warm_slots()  # anew, for a cache that keeps everything has grown meanwhile
-        with clocks(full.engine) as clock:
-            timed_sec = full.run(passes)
+        pass_sec = run_passes(warm_batch(), passes)
+        batch = warm_batch()  # anew, for a cache that keeps everything has grown meanwhile
+        with clocks(batch) as clock:
+            timed_sec = run_passes(batch, passes)
         return {
             "pass_sec": pass_sec,
             "clock_overhead_ratio": timed_sec / pass_sec - 1,

@@ -4,84 +4,52 @@ Keys and values are those of a real text under full attention, the same in every
 and peer starts from them, so that all do their work on equal terms.
 """
 
-import torch
-
 from kvarena.harness.bench.measure import now_sec
 from kvarena.harness.bench.subjects import Subject
-from kvarena.harness.engine import Engine
-from kvarena.harness.engine.engine import _Recording
-from kvarena.harness.engine.layer_stores import new_layers
-from kvarena.harness.engine.request import plan_sequences
-from kvarena.harness.engine.sampling import Sampling
+from kvarena.harness.engine import Batch, Engine, Request
 from kvarena.harness.registry import build, load_choice
 
-_NOTHING = _Recording(kept=False, history=False, logits=None)
 
-
-class FullSlots:
-    """slots sequences of cache_tokens each, which the next pass must evict from.
+def full_slots(
+    subject: Subject,
+    policy: str,
+    *,
+    slots: int,
+    cache_tokens: int,
+    passes: int,
+    chunk_tokens: int | None = None,
+    attention: str = "sdpa",
+) -> Batch:
+    """A batch of ``slots`` requests with cache_tokens each, which the next pass must evict from.
 
     chunk_tokens: None: every pass writes one token per slot; else it reads so many. A policy that
     keeps everything grows by what each pass adds.
     """
+    engine = Engine(
+        subject.model,
+        build(load_choice("policy", policy)),
+        budget_tokens=cache_tokens,
+        chunk_tokens=chunk_tokens or 128,
+        slots=slots,
+        attention=attention,
+    )
+    # While reading, the prompt goes on after the last pass, so that no pass chooses a token.
+    num_read = (passes + 1) * (chunk_tokens or 0)
+    prompt = subject.text[: cache_tokens + num_read]
+    # As many places as in a long answer, whatever the number of passes.
+    num_written = passes + engine.chunk_tokens
+    answer = subject.text[cache_tokens : cache_tokens + num_written]
+    batch = engine.batch([Request(prompt=prompt, forced=answer)] * slots)
+    batch.start_from(cache_tokens, subject.keys_and_values(cache_tokens))
+    return batch
 
-    def __init__(
-        self,
-        subject: Subject,
-        policy: str,
-        *,
-        slots: int,
-        cache_tokens: int,
-        passes: int,
-        chunk_tokens: int | None = None,
-        attention: str = "sdpa",
-    ) -> None:
-        self.engine = Engine(
-            subject.model,
-            build(load_choice("policy", policy)),
-            budget_tokens=cache_tokens,
-            chunk_tokens=chunk_tokens or 128,
-            slots=slots,
-            attention=attention,
-        )
-        # While reading, the prompt goes on after the last pass, so that no pass chooses a token.
-        num_read = (passes + 1) * (chunk_tokens or 0)
-        self.sequences = plan_sequences(
-            subject.model,
-            self.engine.policy,
-            [subject.text[: cache_tokens + num_read]] * slots,
-            # As many places as in a long answer, whatever the number of passes.
-            max_new_tokens=passes + self.engine.chunk_tokens,
-            budgets=cache_tokens,
-            seeds=0,
-            stop_token_ids=(),
-        )
-        for sequence in self.sequences:
-            sequence.num_seen = sequence.num_live = cache_tokens
-            if chunk_tokens is None:
-                sequence.token_ids = [subject.text[cache_tokens]]
-        self.engine.layers = new_layers(
-            subject.model,
-            self.engine.policy,
-            self.engine.codec,
-            self.sequences,
-            kv_dtype=self.engine.kv_dtype,
-            num_slots=slots,
-            chunk_tokens=self.engine.chunk_tokens,
-        )
-        positions = torch.arange(cache_tokens, device=subject.device).expand(slots, -1)
-        pairs = subject.keys_and_values(cache_tokens)
-        for layer, (keys, values) in zip(self.engine.layers, pairs, strict=True):
-            shape = (slots, *keys.shape[1:])
-            layer.append(slice(0, slots), 0, keys.expand(shape), values.expand(shape), positions)
 
-    def run(self, passes: int) -> float:
-        """Mean seconds of so many further passes."""
-        device = self.engine.model.device
-        started = now_sec(device)
-        for _ in range(passes):
-            self.engine._step(self.sequences, Sampling(), _NOTHING)
-        return (now_sec(device) - started) / passes
+def run_passes(batch: Batch, passes: int) -> float:
+    """Mean seconds of so many further passes."""
+    started = now_sec(batch.device)
+    for _ in range(passes):
+        batch.step()
+    return (now_sec(batch.device) - started) / passes
 
 
 def warm_pass_sec(
@@ -95,7 +63,7 @@ def warm_pass_sec(
     attention: str = "sdpa",
 ) -> float:
     """Mean seconds of ``passes`` in slots filled anew, after a first pass that is not timed."""
-    full = FullSlots(
+    batch = full_slots(
         subject,
         policy,
         slots=slots,
@@ -104,5 +72,5 @@ def warm_pass_sec(
         chunk_tokens=chunk_tokens,
         attention=attention,
     )
-    full.run(1)
-    return full.run(passes)
+    run_passes(batch, 1)
+    return run_passes(batch, passes)

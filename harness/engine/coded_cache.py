@@ -78,27 +78,26 @@ class CodedCache(LayerCache):
         self._bytes_in_pass = [0] * num_slots
         self._probes: list[ProbeStore | None] = [None] * num_slots
 
-    def append(
-        self, slots: slice, start: int, keys: Tensor, values: Tensor, positions: Tensor
-    ) -> None:
-        end = start + keys.shape[2]
-        assert end <= self.capacity_tokens, f"{end} tokens in {self.capacity_tokens} places"
-        if not self._buffers:
-            self._allocate(keys, values)
+    def clear(self, slot: int) -> None:
+        super().clear(slot)
+        self._segments[slot] = []
+        self._num_exact[slot] = [0] * len(self.counts[slot])
+        self._probes[slot] = ProbeStore(self.codec.probes) if self.codec.probes else None
+
+    def append(self, slots: slice, keys: Tensor, values: Tensor, positions: Tensor) -> int:
+        num_tokens = super().append(slots, keys, values, positions)
+        for slot in range(slots.start, slots.stop):
+            self._bytes_in_pass[slot] = self.held_bytes(slot)
+        return num_tokens
+
+    def _write(self, slots: slice, start: int, keys: Tensor, values: Tensor) -> None:
         for row, slot in enumerate(range(slots.start, slots.stop)):
-            if start == 0:  # a new sequence: nothing of the one before it may be left
-                self._segments[slot] = []
-                self._num_exact[slot] = [0] * keys.shape[1]
-                self._probes[slot] = ProbeStore(self.codec.probes) if self.codec.probes else None
             for head, first in enumerate(self._num_exact[slot]):
                 last = first + keys.shape[2]
                 assert last <= self._exact_places, f"{last} tokens in {self._exact_places} places"
                 self.keys[slot, head, first:last] = keys[row, head]
                 self.values[slot, head, first:last] = values[row, head]
                 self._num_exact[slot][head] = last
-        self._append_side_state(slots, start, keys, positions)
-        for slot in range(slots.start, slots.stop):
-            self._bytes_in_pass[slot] = self.held_bytes(slot, end)
 
     def tokens(self, slots: slice, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values [S, K, T, D] in the model's data type, until another layer is decoded."""
@@ -135,6 +134,7 @@ class CodedCache(LayerCache):
 
     def evict(self, slots: slice, scores: Tensor, num_kept: int) -> None:
         """Keep the ``num_kept`` best of T tokens per head, as LayerCache does, in text order."""
+        self._count(slots, num_kept)
         num_tokens = scores.shape[-1]
         ranking = total_order(scores, self.positions[slots, :, :num_tokens])
         kept = ranking.topk(num_kept, sorted=False).indices.sort(dim=-1).values  # [S, K, num_kept]
@@ -179,15 +179,14 @@ class CodedCache(LayerCache):
         rows = torch.from_numpy(order).to(self.keys.device)
         return replace(segment, block=self.codec.take(segment.block, rows)).only(alive)
 
-    def settle(
-        self, slots: slice, num_tokens: int, queries: Tensor, positions: Tensor, spec: AttentionSpec
-    ) -> None:
+    def settle(self, slots: slice, queries: Tensor, positions: Tensor, spec: AttentionSpec) -> None:
         """Code what has aged out of the exact window; called when a pass is done with the layer.
 
         queries: [S, H, Q, D] of this pass; positions: [S, Q].
         """
         if not self.codec.codes:
             return
+        num_tokens = self._common_count(slots)
         for row, slot in enumerate(range(slots.start, slots.stop)):
             probes = self._probes[slot]
             if probes is not None:
@@ -234,24 +233,22 @@ class CodedCache(LayerCache):
                 buffer[slot, head, :left] = aged
             num_exact[head] = left
 
-    def held_bytes(self, slot: int, num_tokens: int) -> int:
+    def held_bytes(self, slot: int) -> int:
         """Bytes that this slot's tokens really occupy, blocks, window and all side state."""
         coded = sum(segment.nbytes for segment in self._segments[slot])
         exact = sum(self._num_exact[slot]) * _row_bytes(self.keys, self.values)
-        heads = self.positions.shape[1]
-        side = num_tokens * heads * sum(buffer.itemsize for buffer in self._side_buffers())
+        side = sum(self.counts[slot]) * sum(buffer.itemsize for buffer in self._side_buffers())
         saved = self.sink_keys.nbytes // self.num_slots if self.num_saved_sinks else 0
         probes = self._probes[slot]
         return coded + exact + side + saved + (probes.nbytes if probes is not None else 0)
 
-    def bytes_in_pass(self, slot: int, num_tokens: int) -> int:
-        """Bytes held while the layer had this pass's tokens on top of what it kept."""
+    def bytes_in_pass(self, slot: int) -> int:
         return self._bytes_in_pass[slot]
 
-    def workspace_bytes(self, num_tokens: int) -> int:
+    def workspace_bytes(self, slot: int) -> int:
         """Bytes of one slot's decoded keys and values, there while the layer is at work."""
         width = self.keys.shape[-1] + self.values.shape[-1]
-        return num_tokens * self.keys.shape[1] * width * self._dtype.itemsize
+        return self._in_pass[slot] * self.keys.shape[1] * width * self._dtype.itemsize
 
     @property
     def allocated_bytes(self) -> int:
@@ -275,6 +272,8 @@ class CodedCache(LayerCache):
         self._buffers["keys"] = keys.new_empty(*places, keys.shape[-1], dtype=exact)
         self._buffers["values"] = values.new_empty(*places, values.shape[-1], dtype=exact)
         self._allocate_side_state(keys)
+        for slot in range(self.num_slots):
+            self.clear(slot)  # once more, now that the number of heads is known
 
 
 def _row_bytes(keys: Tensor, values: Tensor) -> int:

@@ -7,18 +7,16 @@ positions go into two fixed rows; logits come out of a fixed tensor. Sampling an
 outside, and so does every step in which a slot reads its prompt or still fills up.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvarena.harness.engine import Engine
-from kvarena.harness.engine.forward_pass import Run
-from kvarena.harness.engine.layer_cache import LayerCache
-from kvarena.harness.engine.sequence import Sequence
+from kvarena.harness.engine.batch import Batch
+from kvarena.harness.engine.packing import Portion, Run
 
-Work = list[tuple[int, Sequence, list[int]]]
+Kind = list[tuple[int, list[list[int]]]]  # by slot: what each head of each layer holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,52 +26,53 @@ class _Recorded:
     runs: of the recorded step; what a pass observes lies in the graph's own tensors.
     """
 
-    kind: tuple[tuple[int, int], ...]
-    layers: list[LayerCache]
+    kind: Kind
     graph: torch.cuda.CUDAGraph
     inputs: Tensor
     logits: Tensor
-    runs: Seq[Run]
+    runs: Sequence[Run]
 
 
-class GraphEngine(Engine):
-    """An Engine on CUDA whose steady decoding steps are replayed; same answers, same options.
+class GraphedBatch(Batch):
+    """A Batch on CUDA whose steady decoding steps are replayed; the same answers.
 
     A model whose forward pass asks the device for a number (most mixtures of experts, rotary
     embeddings that change with the length) cannot be recorded: torch raises an error that says so.
     """
 
     _recorded: _Recorded | None = None
-    _last_kind: tuple[tuple[int, int], ...] | None = None
+    _last_kind: Kind | None = None
 
-    def _logits(self, inputs: Tensor, work: Work, rows_wanted: Tensor) -> tuple[Tensor, Seq[Run]]:
-        kind = tuple((slot, sequence.num_live) for slot, sequence, _ in work)
-        is_steady = all(
-            len(tokens) == 1 and sequence.kept_after(1) == sequence.num_live
-            for _, sequence, tokens in work
-        )
-        if not is_steady or len(rows_wanted) < len(work) or self.codec.codes:
-            return super()._logits(inputs, work, rows_wanted)
+    def _forward(
+        self, inputs: Tensor, portions: Sequence[Portion], rows_wanted: Tensor
+    ) -> tuple[Tensor, Sequence[Run]]:
+        kind = [(slot, [layer.counts[slot] for layer in self.layers]) for slot, _, _ in portions]
+        if len(rows_wanted) < len(portions) or not all(map(self._is_steady, portions)):
+            return super()._forward(inputs, portions, rows_wanted)
         known = self._recorded
-        if known is None or known.kind != kind or known.layers is not self.layers:
+        if known is None or known.kind != kind:
             # Let go first: two graphs side by side would need the memory of both.
             self._recorded, is_new = None, self._last_kind != kind
             self._last_kind = kind
             if is_new:
-                return super()._logits(inputs, work, rows_wanted)
-            known = self._recorded = self._record(kind, inputs, work, rows_wanted)
+                return super()._forward(inputs, portions, rows_wanted)
+            known = self._recorded = self._record(kind, inputs, portions, rows_wanted)
         known.inputs.copy_(inputs)
         known.graph.replay()
         return known.logits.clone(), known.runs  # the next replay writes over the logits
 
+    def _is_steady(self, portion: Portion) -> bool:
+        """Whether the slot writes, at its budget in every head: as much goes as comes."""
+        limit = portion.active.limit_after(1)
+        held = {count for layer in self.layers for count in layer.counts[portion.slot]}
+        return len(portion.token_ids) == 1 and held == {limit}
+
     def _record(
-        self, kind: tuple[tuple[int, int], ...], inputs: Tensor, work: Work, rows_wanted: Tensor
+        self, kind: Kind, inputs: Tensor, portions: Sequence[Portion], rows_wanted: Tensor
     ) -> _Recorded:
         """Nothing is computed here: the cache stays as it is until the first replay."""
         graph = torch.cuda.CUDAGraph()
         inputs = inputs.clone()
         with torch.cuda.graph(graph):
-            logits, runs = super()._logits(inputs, work, rows_wanted)
-        return _Recorded(
-            kind=kind, layers=self.layers, graph=graph, inputs=inputs, logits=logits, runs=runs
-        )
+            logits, runs = super()._forward(inputs, portions, rows_wanted)
+        return _Recorded(kind=kind, graph=graph, inputs=inputs, logits=logits, runs=runs)

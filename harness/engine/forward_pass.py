@@ -1,18 +1,16 @@
 """One packed forward pass: what happens to keys and values inside each layer's attention.
 
-The tokens of all working slots stand in one row [1, total] without padding. Neighbouring slots that
-hold equally many tokens and bring equally many new ones form a run and are handled as one batch.
-In every layer: append the run's new tokens, attend, let the policy score, evict down to the budget.
+In every layer, run by run: append the new tokens, attend, let the policy score, evict down to the
+budget.
 
-Shape letters: S sequences of a run, H query heads, K KV heads, Q new tokens per sequence, T = kept
-and new tokens, D head dim.
+Shape letters: S slots of a run, H query heads, K KV heads, Q new tokens per slot, T = kept and new
+tokens, D head dim.
 """
 
 import inspect
 import traceback
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,131 +21,16 @@ from transformers import AttentionInterface
 from kvarena.harness.engine import attention
 from kvarena.harness.engine.attention import KERNELS, AttentionSpec
 from kvarena.harness.engine.layer_cache import LayerCache
+from kvarena.harness.engine.packing import Run
 from kvarena.harness.engine.rotary import KeyRotator
-from kvarena.harness.engine.sequence import Sequence
 from kvarena.harness.errors import PolicyError, UsageError
 from kvarena.policies.base import LayerView, NewTokens, OptionError, Policy
 
-ARENA = "kvarena"
+ATTENTION_NAME = "kvarena"
 
 # Keyword arguments of transformers' attention call that change nothing here. Any other one raises:
 # a silently ignored argument once made a model wrong by 0.4 in its logits.
 _HARMLESS = {"position_ids", "use_cache", "output_router_logits", "is_causal"}
-
-
-@dataclass(kw_only=True)
-class Observed:
-    """What a pass did to the sequences of one run, noted while it happened.
-
-    kernels: what computed attention outputs; score_sums: by layer, [S] sums of the policy's scores,
-    which are finite only if every score is.
-    """
-
-    kernels: set[str] = field(default_factory=set)
-    score_sums: dict[int, Tensor] = field(default_factory=dict)
-
-    def first_layers_not_finite(self, num_sequences: int) -> list[int | None]:
-        """Of each sequence, the first layer with a score that is no finite number; else None."""
-        if not self.score_sums:
-            return [None] * num_sequences
-        layers = list(self.score_sums)
-        is_broken = ~torch.stack(list(self.score_sums.values()), dim=1).isfinite()  # [S, layers]
-        if not is_broken.any():
-            return [None] * num_sequences
-        return [layers[row.index(True)] if any(row) else None for row in is_broken.tolist()]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Contiguous slots that do the same amount of work in this pass.
-
-    row: their tokens in the packed row, slot after slot; num_live: tokens per head before the pass;
-    num_kept: after it; budget_tokens: None if nothing is ever evicted; positions: [S, Q] of the new
-    tokens in the original text; text_tokens: of the longest text so far; observed: filled in by
-    the pass.
-    """
-
-    slots: slice
-    row: slice
-    num_live: int
-    num_new: int
-    num_kept: int
-    budget_tokens: int | None
-    positions: Tensor
-    text_tokens: int
-    observed: Observed = field(default_factory=Observed)
-
-    @property
-    def num_sequences(self) -> int:
-        return self.slots.stop - self.slots.start
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_live + self.num_new
-
-    @cached_property
-    def num_evicted_before(self) -> Tensor:
-        """[S]: how far the original positions run ahead of the ranks inside the cache."""
-        return self.positions[:, 0] - self.num_live
-
-    @cached_property
-    def next_position(self) -> Tensor:
-        """[S, 1, 1]: place in the text of the token after this pass."""
-        return self.positions[:, -1:, None] + 1
-
-    @cached_property
-    def causal_mask(self) -> Tensor | None:
-        """The mask of all layers without a sliding window, built once for them."""
-        key_positions = torch.empty(1, 1, self.num_tokens, device=self.positions.device)
-        return attention.visible_tokens(self.positions, key_positions, self.num_new, None)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """[S, heads, Q, D] of this run from a packed [1, heads, total, D]."""
-        rows = packed[0, :, self.row]
-        shape = (rows.shape[0], self.num_sequences, self.num_new, rows.shape[-1])
-        return rows.reshape(shape).transpose(0, 1)
-
-
-def pack_runs(work: Seq[tuple[int, Sequence, list[int]]], positions: Tensor) -> list[Run]:
-    """Group (slot, sequence, its tokens) of neighbouring slots that do the same work.
-
-    positions: [total] of the packed row, in the order of ``work``.
-    """
-    groups: list[list[tuple[int, Sequence, int]]] = []
-    for slot, sequence, tokens in work:
-        item = (slot, sequence, len(tokens))
-        if groups and _same_work(groups[-1][-1], item):
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-    runs, start = [], 0
-    for group in groups:
-        (first_slot, first, num_new), num = group[0], len(group)
-        row = slice(start, start + num * num_new)
-        runs.append(
-            Run(
-                slots=slice(first_slot, first_slot + num),
-                row=row,
-                num_live=first.num_live,
-                num_new=num_new,
-                num_kept=first.kept_after(num_new),
-                budget_tokens=first.limit_after(num_new),
-                positions=positions[row].view(num, num_new),
-                text_tokens=num_new + max(sequence.num_seen for _, sequence, _ in group),
-            )
-        )
-        start = row.stop
-    return runs
-
-
-def _same_work(left: tuple[int, Sequence, int], right: tuple[int, Sequence, int]) -> bool:
-    """Whether the right slot can join the left one's run."""
-    return (
-        right[0] == left[0] + 1
-        and right[2] == left[2]
-        and right[1].num_live == left[1].num_live
-        and right[1].limit_after(right[2]) == left[1].limit_after(left[2])
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +40,8 @@ class ForwardPass:
     attention: name of the kernel in ``KERNELS`` for every layer that needs no weights.
     """
 
-    runs: Seq[Run]
-    layers: Seq[LayerCache]
+    runs: Sequence[Run]
+    layers: Sequence[LayerCache]
     policy: Policy
     attention: str
     rotator: KeyRotator | None = None
@@ -188,15 +71,16 @@ class ForwardPass:
         index = module.layer_idx
         assert isinstance(index, int)
         cache = self.layers[index]
-        cache.append(run.slots, run.num_live, key, value, run.positions)
-        keys, values = cache.tokens(run.slots, run.num_tokens)
+        num_tokens = cache.append(run.slots, key, value, run.positions)
+        num_kept = run.num_kept(num_tokens)
+        keys, values = cache.tokens(run.slots, num_tokens)
         if self.policy.needs.rank_positions:
-            self._move_sinks(run, cache, module, keys)
-        positions = cache.positions[run.slots, :, : run.num_tokens]
+            self.move_sinks(run, cache, module, keys)
+        positions = cache.positions[run.slots, :, :num_tokens]
         mask = self._mask(run, positions, spec)
 
         needs = self.policy.needs
-        evicts = run.num_kept < run.num_tokens
+        evicts = num_kept < num_tokens
         is_scored = evicts or bool(self.policy.columns)
         mass = rows = None
         ran = self.attention
@@ -221,15 +105,15 @@ class ForwardPass:
                 positions=positions.long(),
                 attention=rows,
                 attention_mass=mass,
-                new=self._new_tokens(run, module, query, key, value) if needs.new_tokens else None,
-                columns=cache.columns(run.slots, run.num_tokens),
+                new=self.new_tokens(run, module, query, key, value) if needs.new_tokens else None,
+                columns=cache.columns(run.slots, num_tokens),
                 text_tokens=run.text_tokens,
             )
             scores = self._scores(view)
             run.observed.score_sums[index] = scores.sum(dim=(1, 2))
             if evicts:
-                cache.evict(run.slots, self._protect(run, view, scores, spec), run.num_kept)
-        cache.settle(run.slots, run.num_kept, query, run.positions, spec)
+                cache.evict(run.slots, self.protect(run, view, scores, spec), num_kept)
+        cache.settle(run.slots, query, run.positions, spec)
         return output
 
     def _scores(self, view: LayerView) -> Tensor:
@@ -253,7 +137,7 @@ class ForwardPass:
             )
         return scores.float()
 
-    def _protect(self, run: Run, view: LayerView, scores: Tensor, spec: AttentionSpec) -> Tensor:
+    def protect(self, run: Run, view: LayerView, scores: Tensor, spec: AttentionSpec) -> Tensor:
         """Scores [S, K, T] with the policy's protected tokens at +inf.
 
         Tokens that the layer's own sliding window hides from every later query go first, protected
@@ -265,8 +149,8 @@ class ForwardPass:
         largest = torch.finfo(torch.float32).max
         scores = scores.nan_to_num(nan=-largest, posinf=largest, neginf=-largest)
         next_position = run.next_position
-        assert run.budget_tokens is not None
-        num_recent = self.policy.num_recent(run.budget_tokens)
+        assert run.limit_tokens is not None, "nothing is evicted without a bound"
+        num_recent = self.policy.num_recent(run.limit_tokens)
         if self.policy.sinks:
             scores = scores.masked_fill(positions < self.policy.sinks, float("inf"))
         if num_recent:
@@ -276,9 +160,10 @@ class ForwardPass:
             scores = scores.masked_fill(hidden, float("-inf"))
         return scores
 
-    def _new_tokens(
+    def new_tokens(
         self, run: Run, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     ) -> NewTokens:
+        """This pass's tokens as the layer projected them, before rotary positions."""
         assert self.rotator is not None
         return NewTokens(
             queries=self.rotator.unrotate(module, query, run.positions),
@@ -286,7 +171,7 @@ class ForwardPass:
             values=value,
         )
 
-    def _move_sinks(self, run: Run, cache: LayerCache, module: nn.Module, keys: Tensor) -> None:
+    def move_sinks(self, run: Run, cache: LayerCache, module: nn.Module, keys: Tensor) -> None:
         """Rotate the sink keys to sit right before the other kept tokens.
 
         With ranks as positions all distances between kept tokens are those of their ranks. The
@@ -294,18 +179,21 @@ class ForwardPass:
         are nearer than in the text, by the number of tokens evicted between. They are always
         rotated from the keys as first written, so no rounding builds up.
         """
-        num_sinks = min(cache.num_saved_sinks, run.num_tokens)
+        num_tokens = keys.shape[2]
+        num_sinks = min(cache.num_saved_sinks, num_tokens)
         if num_sinks:
             saved = cache.sink_keys[run.slots, :, :num_sinks]
+            nearer = run.num_evicted_before(num_tokens)
             assert self.rotator is not None
-            keys[:, :, :num_sinks] = self.rotator.rotate(module, saved, run.num_evicted_before)
+            keys[:, :, :num_sinks] = self.rotator.rotate(module, saved, nearer)
 
     def _mask(self, run: Run, positions: Tensor, spec: AttentionSpec) -> Tensor | None:
         """What each query sees, broadcastable to [S, K, Q, T], or None; positions: [S, K, T]."""
+        num_tokens = positions.shape[-1]
         if spec.sliding_window is None:
-            return run.causal_mask
+            return run.causal_mask(num_tokens)
         if self.policy.needs.rank_positions:  # attention sees the sinks where they were moved to
-            moved = positions + run.num_evicted_before[:, None, None]
+            moved = positions + run.num_evicted_before(num_tokens)[:, None, None]
             positions = torch.where(positions < self.policy.sinks, moved, positions)
         return attention.visible_tokens(run.positions, positions, run.num_new, spec.sliding_window)
 
@@ -320,14 +208,14 @@ def _line_in(policy: type[Policy], error: Exception | None = None) -> str:
     return f"{path.parent.name}/{path.name} line {line}"
 
 
-def arena_attention(
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    arena: ForwardPass | None = None,
+    forward_pass: ForwardPass | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -346,7 +234,7 @@ def arena_attention(
             f"{type(module).__name__} passes {sorted(unknown) or 'dropout'} to its attention, "
             "which the engine does not know; running on would give wrong results"
         )
-    if arena is None:
+    if forward_pass is None:
         raise UsageError(
             f"{type(module).__name__} does not hand its keyword arguments on to its attention, so "
             "its model is not supported; use another one"
@@ -357,7 +245,7 @@ def arena_attention(
         sink_logits=s_aux,
         sliding_window=sliding_window,
     )
-    return arena.attend(module, query, key, value, spec), None
+    return forward_pass.attend(module, query, key, value, spec), None
 
 
-AttentionInterface.register(ARENA, arena_attention)
+AttentionInterface.register(ATTENTION_NAME, packed_attention)

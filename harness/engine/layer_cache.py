@@ -23,6 +23,8 @@ _NEWEST = torch.iinfo(torch.int32).max  # comes after every position
 class LayerCache:
     """Buffers of one layer, allocated at the first append, when shapes and dtype are known.
 
+    counts: by slot, how many tokens each KV head holds (nothing before the first append). Here
+    they are equal among the heads of a slot, and among slots that are handled together.
     keys, values: [num_slots, K, capacity, D]; positions: [num_slots, K, capacity] int32;
     columns: one float32 [num_slots, K, capacity] per name; sink_keys: [num_slots, K, num_saved, D],
     the keys of the first tokens as they were written, for policies that re-rotate them.
@@ -38,6 +40,8 @@ class LayerCache:
         self.num_slots = num_slots
         self.capacity_tokens = capacity_tokens
         self.num_saved_sinks = num_saved_sinks
+        self.counts: list[list[int]] = [[] for _ in range(num_slots)]
+        self._in_pass: list[int] = [0] * num_slots  # tokens of a head before the last eviction
         self._column_names = tuple(column_names)
         self._buffers: dict[str, Tensor] = {}
 
@@ -68,30 +72,48 @@ class LayerCache:
             for name in self._column_names
         }
 
-    def append(
-        self, slots: slice, start: int, keys: Tensor, values: Tensor, positions: Tensor
-    ) -> None:
-        """Write Q new tokens per slot at places [start, start + Q).
+    def clear(self, slot: int) -> None:
+        """Make room for another request: nothing of the one before it counts any more."""
+        self.counts[slot] = [0] * len(self.counts[slot])
+
+    def append(self, slots: slice, keys: Tensor, values: Tensor, positions: Tensor) -> int:
+        """Write Q new tokens per slot behind those it holds; returns how many T a head holds then.
 
         keys, values: [S, K, Q, D]; positions: [S, Q] in the original text.
         """
-        end = start + keys.shape[2]
-        assert end <= self.capacity_tokens, f"{end} tokens in {self.capacity_tokens} places"
         if not self._buffers:
             self._allocate(keys, values)
-        self.keys[slots, :, start:end] = keys
-        self.values[slots, :, start:end] = values
-        self._append_side_state(slots, start, keys, positions)
-
-    def _append_side_state(self, slots: slice, start: int, keys: Tensor, positions: Tensor) -> None:
-        """What is stored beside keys and values of the new tokens; see ``append``."""
+        start = self._common_count(slots)
         end = start + keys.shape[2]
+        assert end <= self.capacity_tokens, f"{end} tokens in {self.capacity_tokens} places"
+        self._write(slots, start, keys, values)
         self.positions[slots, :, start:end] = positions[:, None]
         for column in self.columns(slots, end).values():
             column[:, :, start:] = 0
         if start < self.num_saved_sinks:
             saved_end = min(end, self.num_saved_sinks)
             self.sink_keys[slots, :, start:saved_end] = keys[:, :, : saved_end - start]
+        self._count(slots, end)
+        for slot in range(slots.start, slots.stop):
+            self._in_pass[slot] = end
+        return end
+
+    def _common_count(self, slots: slice) -> int:
+        """What every head of these slots holds, as runs see to it."""
+        held = {count for heads in self.counts[slots] for count in heads}
+        assert len(held) == 1, f"heads of slots {slots} hold {sorted(held)} tokens"
+        return held.pop()
+
+    def _count(self, slots: slice, num_tokens: int) -> None:
+        num_heads = self.positions.shape[1]
+        for slot in range(slots.start, slots.stop):
+            self.counts[slot] = [num_tokens] * num_heads
+
+    def _write(self, slots: slice, start: int, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values of the new tokens; see ``append``."""
+        end = start + keys.shape[2]
+        self.keys[slots, :, start:end] = keys
+        self.values[slots, :, start:end] = values
 
     def evict(self, slots: slice, scores: Tensor, num_kept: int) -> None:
         """Keep the ``num_kept`` best of T tokens per head, in places [0, num_kept).
@@ -99,6 +121,7 @@ class LayerCache:
         scores: [S, K, T] float. Equal scores: the newer token stays. Survivors among the last E
         places move into the places of evicted tokens; all others stay where they are.
         """
+        self._count(slots, num_kept)
         num_tokens = scores.shape[-1]
         num_evicted = num_tokens - num_kept
         positions = self.positions[slots, :, :num_tokens]
@@ -114,7 +137,7 @@ class LayerCache:
         source = (first_rows[slots] + survivors).flatten()
         target = (first_rows[slots] + dropped).flatten()
         for buffer in buffers:
-            _move(buffer, source, target)
+            move_rows(buffer, source, target)
 
     @staticmethod
     def _survivors(dropped: Tensor, num_kept: int, num_evicted: int) -> Tensor:
@@ -153,6 +176,7 @@ class LayerCache:
 
     def _allocate_side_state(self, keys: Tensor) -> None:
         heads = (self.num_slots, keys.shape[1])
+        self.counts = [[0] * keys.shape[1] for _ in range(self.num_slots)]
         places = (*heads, self.capacity_tokens)
         self._buffers["positions"] = torch.empty(places, dtype=torch.int32, device=keys.device)
         for name in self._column_names:
@@ -164,9 +188,7 @@ class LayerCache:
                 *heads, self.num_saved_sinks, keys.shape[-1]
             )
 
-    def settle(
-        self, slots: slice, num_tokens: int, queries: Tensor, positions: Tensor, spec: AttentionSpec
-    ) -> None:
+    def settle(self, slots: slice, queries: Tensor, positions: Tensor, spec: AttentionSpec) -> None:
         """Called when a pass is done with the layer; tokens that stay as they are need nothing."""
 
     @property
@@ -178,26 +200,25 @@ class LayerCache:
         """Bytes of all buffers of this layer, all slots."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def bytes_in_pass(self, slot: int, num_tokens: int) -> int:
-        """Bytes held during a pass that took the slot to ``num_tokens`` before it evicted."""
-        return self.held_bytes(slot, num_tokens)
+    def bytes_in_pass(self, slot: int) -> int:
+        """Bytes that a slot held during its last pass, before it evicted."""
+        per_place, saved = self._bytes_per_slot
+        return self._in_pass[slot] * len(self.counts[slot]) * per_place + saved
 
-    def workspace_bytes(self, num_tokens: int) -> int:
-        """Further bytes of one slot while the layer is at work: none, attention reads the store."""
+    def workspace_bytes(self, slot: int) -> int:
+        """Further bytes of a slot while the layer is at work: none, attention reads the store."""
         return 0
 
-    def held_bytes(self, slot: int, num_tokens: int) -> int:
-        """Bytes that ``num_tokens`` live tokens of one slot occupy, side state included."""
+    def held_bytes(self, slot: int) -> int:
+        """Bytes that the live tokens of a slot occupy, side state included."""
         per_place, saved = self._bytes_per_slot
-        return num_tokens * per_place + saved
+        return sum(self.counts[slot]) * per_place + saved
 
     @cached_property
     def _bytes_per_slot(self) -> tuple[int, int]:
-        """Of each place over all heads, and of the saved sinks; asked for after every pass."""
-        per_place = sum(
-            buffer.nbytes // (self.num_slots * self.capacity_tokens)
-            for buffer in self._token_buffers()
-        )
+        """Of each place of a head, and of the saved sinks; asked for after every pass."""
+        num_places = self.positions.numel()
+        per_place = sum(buffer.nbytes // num_places for buffer in self._token_buffers())
         saved = self.sink_keys.nbytes // self.num_slots if self.num_saved_sinks else 0
         return per_place, saved
 
@@ -213,7 +234,7 @@ def total_order(scores: Tensor, positions: Tensor) -> Tensor:
     return (sortable.long() << _POSITION_BITS) | positions.long()
 
 
-def _move(rows: Tensor, source: Tensor, target: Tensor) -> None:
+def move_rows(rows: Tensor, source: Tensor, target: Tensor) -> None:
     """Copy rows ``source`` to rows ``target`` ([S * K * E] each) of a buffer's places.
 
     Whole rows at a time, which takes a fifth of the time of gather and scatter on a CPU.

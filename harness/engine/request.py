@@ -1,97 +1,92 @@
-"""From what a caller asks of the engine to checked sequences, before any work is done."""
+"""What a caller asks of the engine: one prompt, and everything about it."""
 
-from collections.abc import Collection
-from collections.abc import Sequence as Seq
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from transformers import PreTrainedModel
 
 from kvarena.harness.engine.limits import check_budget, check_context, context_tokens
-from kvarena.harness.engine.sequence import Sequence
 from kvarena.harness.errors import UsageError
 from kvarena.policies.base import Policy
 
-StopTokens = Collection[int] | Seq[Collection[int]] | None
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt. Either max_new_tokens or forced is given.
+
+    prompt: token ids; an empty one starts from the model's BOS token.
+    forced: an answer that is fed in place of the model's own (teacher forcing) and never stopped.
+    budget_tokens: N of this prompt; None: the engine's own.
+    question_tokens: last tokens of the prompt that the context is compressed without; context and
+    question together stay in the budget.
+    seed: of the generator that this prompt alone draws from, where sampling is not greedy.
+    stop_token_ids: None: the model's own. min_new_tokens: no stop token before so many.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int | None = None
+    forced: Sequence[int] | None = None
+    budget_tokens: int | None = None
+    question_tokens: int = 0
+    seed: int = 0
+    stop_token_ids: Collection[int] | None = None
+    min_new_tokens: int = 0
+
+    @property
+    def answer_tokens(self) -> int:
+        """Most tokens of the answer."""
+        num = len(self.forced) if self.forced is not None else self.max_new_tokens
+        assert num is not None, "one of the two is given"
+        return num
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the prompt before the question."""
+        return len(self.prompt) - self.question_tokens
+
+    def places(self, chunk_tokens: int) -> int:
+        """Places a head can ever fill: its budget and a chunk, or all tokens if they are fewer."""
+        total = len(self.prompt) + self.answer_tokens - 1  # the last new token is never fed
+        if self.budget_tokens is None:
+            return total
+        return min(total, self.budget_tokens + chunk_tokens)
 
 
-def plan_sequences(
-    model: PreTrainedModel,
-    policy: Policy,
-    prompts: Seq[Seq[int]],
-    *,
-    max_new_tokens: int | Seq[int],
-    budgets: int | Seq[int | None] | None,
-    seeds: int | Seq[int],
-    stop_token_ids: StopTokens,
-    min_new_tokens: int | Seq[int] = 0,
-    question_tokens: int | Seq[int] = 0,
-    forced: Seq[Seq[int]] | None = None,
-) -> list[Sequence]:
-    """One sequence per prompt; a single value stands for all prompts. Raises UsageError."""
-    lengths = _per_prompt("max_new_tokens", max_new_tokens, len(prompts))
-    limits = _per_prompt("budgets", budgets, len(prompts))
-    seed_list = _per_prompt("seeds", seeds, len(prompts))
-    stops = _stop_sets(model, stop_token_ids, len(prompts))
-    minima = _per_prompt("min_new_tokens", min_new_tokens, len(prompts))
-    answers = _per_prompt("forced", forced, len(prompts))
-    questions = _per_prompt("question_tokens", question_tokens, len(prompts))
-    sequences = []
-    for index, prompt in enumerate(prompts):
-        token_ids = [int(token) for token in prompt] or [_bos_token(model)]
-        if answers[index] is not None and not answers[index]:
-            raise UsageError(f"forced answer {index} is empty; it needs at least one token")
-        if lengths[index] < 1:
-            raise UsageError(f"max_new_tokens must be >= 1, got {lengths[index]}")
-        if not 0 <= questions[index] <= len(token_ids):
-            raise UsageError(
-                f"question_tokens is {questions[index]} of a prompt of {len(token_ids)}"
-            )
-        check_budget(policy, limits[index], questions[index])
-        check_context(
-            f"prompt {index}", len(token_ids), lengths[index], context_tokens(model.config)
+def settled(
+    request: Request, index: int, model: PreTrainedModel, policy: Policy, budget_tokens: int | None
+) -> Request:
+    """The request with all that it leaves to model, policy and engine. Raises UsageError.
+
+    index: what messages call it; budget_tokens: the engine's own.
+    """
+    prompt = [int(token) for token in request.prompt] or [_bos_token(model)]
+    if (request.max_new_tokens is None) == (request.forced is None):
+        raise UsageError("give either max_new_tokens or forced")
+    if request.forced is not None and not request.forced:
+        raise UsageError(f"forced answer {index} is empty; it needs at least one token")
+    if request.answer_tokens < 1:
+        raise UsageError(f"max_new_tokens must be >= 1, got {request.answer_tokens}")
+    if not 0 <= request.question_tokens <= len(prompt):
+        raise UsageError(
+            f"question_tokens is {request.question_tokens} of a prompt of {len(prompt)}"
         )
-        sequences.append(
-            Sequence(
-                index=index,
-                prompt=token_ids,
-                max_new_tokens=lengths[index],
-                budget_tokens=limits[index] if policy.evicts else None,
-                stop_token_ids=stops[index],
-                question_tokens=questions[index],
-                min_new_tokens=minima[index],
-                forced=None if answers[index] is None else list(answers[index]),
-                generator=torch.Generator().manual_seed(seed_list[index]),
-            )
-        )
-    return sequences
-
-
-def _per_prompt(name: str, value: int | Seq[Any] | None, num_prompts: int) -> list[Any]:
-    """Any: entries are ints, or None for a budget without bound."""
-    if value is None or isinstance(value, int):
-        return [value] * num_prompts
-    if len(value) != num_prompts:
-        raise UsageError(f"{name} has {len(value)} entries for {num_prompts} prompts")
-    return list(value)
+    budget = budget_tokens if request.budget_tokens is None else request.budget_tokens
+    check_budget(policy, budget, request.question_tokens)
+    limit = context_tokens(model.config)
+    check_context(f"prompt {index}", len(prompt), request.answer_tokens, limit)
+    stops = stop_tokens(model) if request.stop_token_ids is None else request.stop_token_ids
+    return replace(
+        request,
+        prompt=prompt,
+        budget_tokens=budget if policy.evicts else None,
+        stop_token_ids=frozenset(stops),
+    )
 
 
 def stop_tokens(model: PreTrainedModel) -> list[int]:
     """The model's own end-of-sequence tokens; none if it has none."""
     eos = model.generation_config.eos_token_id
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def _stop_sets(model: PreTrainedModel, stop: StopTokens, num_prompts: int) -> list[frozenset[int]]:
-    if stop is None:
-        stop = stop_tokens(model)
-    single = [token for token in stop if isinstance(token, int)]
-    if len(single) == len(stop):
-        return [frozenset(single)] * num_prompts
-    per_prompt = [frozenset(tokens) for tokens in stop if not isinstance(tokens, int)]
-    if len(per_prompt) != num_prompts:
-        raise UsageError(f"stop_token_ids has {len(per_prompt)} entries for {num_prompts} prompts")
-    return per_prompt
 
 
 def _bos_token(model: PreTrainedModel) -> int:

@@ -1,0 +1,324 @@
+"""Requests side by side in slots: admitted, moved on pass by pass, handed back when they end."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvarena.codecs.base import Codec
+from kvarena.harness.engine.active_request import ActiveRequest
+from kvarena.harness.engine.coded_cache import CodedCache, Workspace
+from kvarena.harness.engine.forward_pass import ATTENTION_NAME, ForwardPass
+from kvarena.harness.engine.free_memory import give_back_free_memory
+from kvarena.harness.engine.generation import Generation, KeptTokens
+from kvarena.harness.engine.layer_cache import LayerCache
+from kvarena.harness.engine.packing import Portion, Run, pack_runs
+from kvarena.harness.engine.request import Request
+from kvarena.harness.engine.rotary import KeyRotator
+from kvarena.harness.engine.sampling import Sampling
+from kvarena.harness.errors import UsageError
+from kvarena.policies.base import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What to keep of each request; see Generation."""
+
+    kept: bool = False
+    history: bool = False
+    logits: Literal["all", "answer"] | None = None
+
+
+class Batch:
+    """Settled requests on their way through slots of their own; see ``Engine`` for the options.
+
+    model, policy: as given; slots: who works there, or None; layers: the KV stores, wide enough for
+    the longest request for as long as the batch lives, so memory is constant; num_tokens: fed in
+    the last pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        codec: Codec,
+        requests: Sequence[Request],
+        *,
+        kv_dtype: torch.dtype | None,
+        chunk_tokens: int,
+        num_slots: int,
+        attention: str,
+        rotator: KeyRotator | None,
+        sampling: Sampling,
+        recording: Recording,
+    ) -> None:
+        self.num_tokens = 0
+        self.slots: list[ActiveRequest | None] = [None] * min(num_slots, len(requests))
+        capacity = max((request.places(chunk_tokens) for request in requests), default=0)
+        self.layers = self._new_layers(model, policy, codec, capacity, kv_dtype, chunk_tokens)
+        self.model, self.policy, self._codec = model, policy, codec
+        self._chunk_tokens, self._attention = chunk_tokens, attention
+        self._sampling, self._recording = sampling, recording
+        self._rotator = rotator
+        self._waiting = deque(
+            ActiveRequest(
+                index=index,
+                request=request,
+                generator=torch.Generator().manual_seed(request.seed),
+            )
+            for index, request in enumerate(requests)
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.num_waiting > 0 or self.num_busy > 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot so far."""
+        return len(self._waiting)
+
+    @property
+    def num_busy(self) -> int:
+        """Slots at work."""
+        return sum(occupant is not None for occupant in self.slots)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def kv_bytes_allocated(self) -> int:
+        """Bytes of all cache buffers of all slots."""
+        return sum(layer.allocated_bytes for layer in self.layers)
+
+    def step(self) -> list[Generation]:
+        """Fill free slots, run one pass, and hand back what has ended with it.
+
+        Raises UsageError for a model that the pass shows to be one that no budget bounds.
+        """
+        self._admit()
+        self._run_pass()
+        self._check_layers()
+        if self._codec.codes:
+            give_back_free_memory()
+        finished = []
+        for slot, occupant in enumerate(self.slots):
+            if occupant is not None and occupant.finish_reason:
+                finished.append(self._generation(occupant, slot))
+                self.slots[slot] = None
+        return finished
+
+    def start_from(self, num_tokens: int, keys_and_values: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Admit requests as if each had read its first ``num_tokens`` tokens already.
+
+        keys_and_values: of each layer, [1 or S, K, num_tokens, D], the same for all slots or one
+        for each. A request whose prompt ends there has chosen its first forced token.
+        """
+        self._admit()
+        slots = slice(0, len(self.slots))
+        positions = torch.arange(num_tokens, device=self.model.device).expand(slots.stop, -1)
+        for layer, (keys, values) in zip(self.layers, keys_and_values, strict=True):
+            shape = (slots.stop, *keys.shape[1:])
+            layer.append(slots, keys.expand(shape), values.expand(shape), positions)
+        for active in self.slots:
+            assert active is not None, "there are as many requests as slots"
+            active.num_seen = num_tokens
+            if active.chooses_after(0):
+                assert active.request.forced is not None, "nothing was run to choose by"
+                active.add_token(active.request.forced[0], perf_counter())
+
+    def _admit(self) -> None:
+        for slot, occupant in enumerate(self.slots):
+            if occupant is None and self._waiting:
+                active = self._waiting.popleft()
+                active.admitted_at = perf_counter()
+                self.slots[slot] = active
+                for layer in self.layers:
+                    layer.clear(slot)
+
+    @torch.inference_mode()
+    def _run_pass(self) -> None:
+        """One packed forward pass; every request past its prompt gets a new token."""
+        portions = [
+            Portion(slot, active, active.next_tokens(self._chunk_tokens))
+            for slot, active in enumerate(self.slots)
+            if active is not None
+        ]
+        row = [token for portion in portions for token in portion.token_ids]
+        deciding, last_rows, end = [], [], 0
+        for _, active, token_ids in portions:
+            end += len(token_ids)
+            if active.chooses_after(len(token_ids)):
+                deciding.append(active)
+                last_rows.append(end - 1)
+        record = self._recording.logits
+        logits, runs = self._logits(
+            row, portions, list(range(len(row))) if record == "all" else last_rows
+        )
+        self._observe(runs)
+        for slot, active, token_ids in portions:
+            active.num_seen += len(token_ids)
+            self._count(slot, active)
+            if self._recording.history:
+                active.history.append(self._kept(slot, active))
+        if record == "all":
+            pieces = logits.cpu().split([len(portion.token_ids) for portion in portions])
+            for portion, piece in zip(portions, pieces, strict=True):
+                portion.active.logits.append(piece)
+            logits = logits[last_rows]
+        if record == "answer":
+            for active, piece in zip(deciding, logits.cpu(), strict=True):
+                active.logits.append(piece[None])
+        if deciding:
+            self._choose(deciding, logits)
+        self.num_tokens = len(row)
+
+    def _choose(self, deciding: Sequence[ActiveRequest], logits: Tensor) -> None:
+        """Give each request its next token by its row of logits [S, V], or end it as invalid."""
+        # Minus infinity is a token ruled out; NaN, plus infinity, or nothing but minus infinity is
+        # a model gone wrong, and so is their largest value.
+        broken = ~logits.amax(dim=-1).isfinite()
+        logits = logits.masked_fill(broken[:, None], 0.0)
+        for row, active in zip(logits, deciding, strict=True):
+            if len(active.token_ids) < active.request.min_new_tokens:
+                assert active.request.stop_token_ids is not None, "settled"
+                row[list(active.request.stop_token_ids)] = float("-inf")
+        chosen = self._sampling.choose(logits, [active.generator for active in deciding])
+        now_sec = perf_counter()
+        for active, token_id, is_broken in zip(deciding, chosen, broken.tolist(), strict=True):
+            if is_broken:
+                after = f"after {len(active.token_ids)} new tokens"
+                active.end_invalid(now_sec, f"logits were not finite {after}")
+            elif not active.error:
+                active.add_token(token_id, now_sec)
+
+    def _logits(
+        self, row: list[int], portions: Sequence[Portion], rows_wanted: list[int]
+    ) -> tuple[Tensor, Sequence[Run]]:
+        """Logits [len(rows_wanted), V] of the packed row; caches are written and evicted."""
+        positions = [a.num_seen + i for _, a, tokens in portions for i in range(len(tokens))]
+        device = self.model.device
+        # Each transfer makes the host wait for the device, so tokens and positions share one.
+        inputs = torch.tensor([row, positions], device=device)  # [2, total]
+        wanted = torch.tensor(rows_wanted, device=device).long()
+        return self._forward(inputs, portions, wanted)
+
+    def _forward(
+        self, inputs: Tensor, portions: Sequence[Portion], rows_wanted: Tensor
+    ) -> tuple[Tensor, Sequence[Run]]:
+        """``_logits`` from where its numbers are on the device; nothing in here waits for it."""
+        tokens, position_ids = inputs.split(1)
+        runs = pack_runs(portions, self.layers, position_ids[0])
+        config = self.model.config.get_text_config()
+        before = config._attn_implementation
+        config._attn_implementation = ATTENTION_NAME
+        try:
+            output = self.model(
+                input_ids=tokens,
+                position_ids=position_ids,
+                use_cache=False,
+                logits_to_keep=rows_wanted,
+                forward_pass=ForwardPass(
+                    runs=runs,
+                    layers=self.layers,
+                    policy=self.policy,
+                    attention=self._attention,
+                    rotator=self._rotator,
+                ),
+            )
+        finally:
+            config._attn_implementation = before  # the model stays as the caller knows it
+        return output.logits[0], runs
+
+    def _observe(self, runs: Sequence[Run]) -> None:
+        """Note for each request what attended; end those whose scores were not finite."""
+        for run in runs:
+            broken = run.observed.first_layers_not_finite(run.num_slots)
+            for active, layer in zip(self.slots[run.slots], broken, strict=True):
+                assert active is not None, "runs are of slots at work"
+                active.kernels |= run.observed.kernels
+                if layer is not None:
+                    first, last = active.num_seen, active.num_seen + run.num_new - 1
+                    active.end_invalid(
+                        perf_counter(),
+                        f"policy {type(self.policy).__name__} gave scores that are not finite in "
+                        f"layer {layer}, in the pass of tokens {first} to {last}",
+                    )
+
+    def _count(self, slot: int, active: ActiveRequest) -> None:
+        """Note what the slot holds after a pass, and what it held in it."""
+        kept = sum(layer.held_bytes(slot) for layer in self.layers)
+        in_pass = sum(layer.bytes_in_pass(slot) for layer in self.layers)
+        workspace = max(layer.workspace_bytes(slot) for layer in self.layers)
+        held = max(count for layer in self.layers for count in layer.counts[slot])
+        active.kept_tokens = max(active.kept_tokens, held)
+        active.kv_bytes_kept = max(active.kv_bytes_kept, kept)
+        active.kv_bytes_peak = max(active.kv_bytes_peak, in_pass + workspace)
+
+    def _kept(self, slot: int, active: ActiveRequest) -> KeptTokens:
+        positions = [
+            layer.positions[slot, :, : layer.counts[slot][0]].long().sort(dim=-1).values.cpu()
+            for layer in self.layers
+        ]
+        return KeptTokens(seen_tokens=active.num_seen, positions=positions)
+
+    def _generation(self, active: ActiveRequest, slot: int) -> Generation:
+        reason = active.finish_reason
+        assert reason is not None, "only finished requests leave their slot"
+        recording = self._recording
+        return Generation(
+            index=active.index,
+            token_ids=active.token_ids,
+            finish_reason=reason,
+            error=active.error,
+            kernels=tuple(sorted(active.kernels)),
+            prompt_tokens=len(active.request.prompt),
+            budget_tokens=active.request.budget_tokens,
+            kept_tokens=active.kept_tokens,
+            kv_bytes_kept=active.kv_bytes_kept,
+            kv_bytes_peak=active.kv_bytes_peak,
+            ttft_sec=active.first_token_at - active.admitted_at,
+            decode_tokens_per_sec=active.decode_tokens_per_sec,
+            kept_positions=self._kept(slot, active).positions if recording.kept else None,
+            kept_history=active.history if recording.history else None,
+            logits=torch.cat(active.logits) if recording.logits else None,
+        )
+
+    def _new_layers(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        codec: Codec,
+        capacity: int,
+        kv_dtype: torch.dtype | None,
+        chunk_tokens: int,
+    ) -> list[LayerCache]:
+        num_slots, num_layers = len(self.slots), model.config.get_text_config().num_hidden_layers
+        num_saved_sinks = policy.sinks if policy.needs.rank_positions else 0
+        side_state = (policy.columns, num_saved_sinks)
+        if not codec.codes and kv_dtype in (None, model.dtype):
+            return [LayerCache(num_slots, capacity, *side_state) for _ in range(num_layers)]
+        workspace = Workspace()
+        return [
+            CodedCache(num_slots, capacity, codec, chunk_tokens, kv_dtype, workspace, *side_state)
+            for _ in range(num_layers)
+        ]
+
+    def _check_layers(self) -> None:
+        """Raise UsageError for a model with layers that keep their past somewhere else.
+
+        A Mamba or linear-attention layer would carry state from one request of a packed row into
+        the next, and no budget would bound it.
+        """
+        untouched = [n for n, layer in enumerate(self.layers) if not layer.is_allocated]
+        if untouched:
+            raise UsageError(
+                f"model type {self.model.config.model_type} is not supported: its layers "
+                f"{untouched} do not attend through transformers' attention interface"
+            )
