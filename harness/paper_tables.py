@@ -204,6 +204,7 @@ def _count_notes(cells: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
     if len(shown):
         documents = table_notes.span(shown["num_documents"])
         yield f"n = {table_notes.span(shown['num_ok'])} samples ({documents} documents) per score."
+        yield from filter(None, [table_notes.too_few(shown)])
     if rows["part"].ne("").any():
         yield "Scores over several parts are means of the parts' scores."
     for line in cells[cells["num_ok"] < cells["num_planned"]].itertuples(index=False):

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from kvarena.harness.statistics import SIGNIFICANCE
+from kvarena.harness.sign_flips import LEAST_DOCUMENTS, SIGNIFICANCE
 
 TIE, DIFFERS, AT_LEAST = "\N{DAGGER}", "*", "\N{GREATER-THAN OR EQUAL TO}"
 _NO_INTERVALS = (
@@ -32,21 +32,28 @@ def bold(what: str) -> str:
 def difference(cells: pd.DataFrame) -> str:
     """How differences to the full cache are compared; cells: compare_cells' lines."""
     num_pairs = span(cells.loc[cells["num_pairs"] > 0, "num_pairs"])
-    if cells["difference_low"].isna().all() and cells["difference"].notna().any():
-        brackets = _NO_INTERVALS
-    else:
-        brackets = (
-            "In brackets: 95 % confidence intervals (cluster bootstrap over documents, 10000 "
-            "resamples, percentile limits stretched for small samples)."
-        )
     note = (
-        f"Over the {num_pairs} samples that both have. {brackets} {DIFFERS} differs from the full "
-        f"cache (p < {SIGNIFICANCE}; paired sign-flip test over documents, Holm's correction over "
-        "the policies at a budget)."
+        f"Over the {num_pairs} samples that both have. In brackets: 95 % confidence intervals (the "
+        "differences that a paired sign-flip test over documents does not reject, wider where few "
+        f"documents differ; not corrected for several tests). {DIFFERS} differs from the full "
+        f"cache (p < {SIGNIFICANCE}; the same test, Holm's correction over the policies at a "
+        "budget)."
     )
     detectable = 100 * cells["detectable"].dropna()
     power = f" Detectable with 80 % power: {span(detectable)} points." if len(detectable) else ""
     return note + power
+
+
+def too_few(cells: pd.DataFrame) -> str:
+    """Warns of cells with so few documents that no test can tell them apart; "" if there are none.
+
+    cells: compare_cells' lines.
+    """
+    numbers = cells.loc[cells["num_documents"].between(1, LEAST_DOCUMENTS - 1), "num_documents"]
+    if numbers.empty:
+        return ""
+    documents = f"{span(numbers)} document{'' if numbers.max() == 1 else 's'}"
+    return f"{documents}: no difference can be significant; at least {LEAST_DOCUMENTS} are needed."
 
 
 def span(values: pd.Series) -> str:

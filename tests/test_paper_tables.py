@@ -92,11 +92,11 @@ def test_differences_to_full_have_intervals_signs_and_marks() -> None:
     table = grids(compare_cells(rows), rows)[1]
     assert "full" not in table.lines
     assert texts(table, "keydiff") == [
-        "-95.0* [-100, -84]".replace("-", MINUS),
-        "-35.0* [-57, -13]".replace("-", MINUS),
+        "-95.0* [-100, -79]".replace("-", MINUS),
+        "-35.0* [-57, -12]".replace("-", MINUS),
     ]
     near = compare_cells(rows).assign(p_holm=0.05)
-    assert texts(grids(near, rows)[1], "keydiff")[1] == "-35.0 [-57, -13]".replace("-", MINUS)
+    assert texts(grids(near, rows)[1], "keydiff")[1] == "-35.0 [-57, -12]".replace("-", MINUS)
 
 
 def test_without_a_full_run_there_is_no_table_of_differences() -> None:
@@ -161,8 +161,9 @@ def test_the_notes_say_how_many_and_what_bold_and_the_marks_mean() -> None:
     detectable = 100 * compare_cells(rows).detectable
     few, many = f"{detectable.min():.0f}", f"{detectable.max():.0f}"
     points = few if few == many else f"{few} to {many}"
-    for part in ("36 samples that both", "bootstrap", "Holm", "*", f"80 % power: {points} points"):
+    for part in ("36 samples that both", "does not reject", "Holm", "*", f"power: {points} points"):
         assert part in notes
+    assert "at least 6" not in notes
     assert "per part" in " ".join(tables[2].notes)
     assert "SAMPLE DATA" not in notes
 
@@ -303,12 +304,20 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
 
 
 def test_one_document_per_part_is_said_to_give_no_interval() -> None:
-    cells = pd.DataFrame(
-        {"score": [0.5], "score_low": [math.nan], "difference": [0.1]}
-        | {"difference_low": [math.nan], "num_pairs": [3], "detectable": [math.nan]}
-    )
-    for note in (table_notes.intervals(cells), table_notes.difference(cells)):
-        assert "No intervals: a part has one document only" in note
-        assert "In brackets" not in note
+    cells = pd.DataFrame({"score": [0.5], "score_low": [math.nan]})
+    note = table_notes.intervals(cells)
+    assert "No intervals: a part has one document only" in note
+    assert "In brackets" not in note
     assert "In brackets" in table_notes.intervals(cells.assign(score_low=0.2))
-    assert "In brackets" in table_notes.difference(cells.assign(difference_low=0.0))
+
+
+@pytest.mark.parametrize(
+    ("num", "words"), [(1, "1 document: no"), (5, "5 documents: no"), (6, ""), (20, "")]
+)
+def test_too_few_documents_are_said_to_show_no_difference(num: int, words: str) -> None:
+    rows = needle_rows()
+    rows = rows[rows["sample_id"].isin(rows["sample_id"].unique()[:num])].assign(num_planned=num)
+    for table in grids(compare_cells(rows), rows):
+        notes = " ".join(table.notes)
+        assert words in notes
+        assert ("at least 6 are needed" in notes) == bool(words)
