@@ -60,6 +60,13 @@ def has_codec(policy: str) -> bool:
     return "+" in re.sub(r"\([^()]*\)", "", policy)
 
 
+def is_rival(policy: str, num_compressed: float) -> bool:
+    """Whether a cell with this label and count competes for the best one; see compare_cells."""
+    if is_full_cache(policy):
+        return False
+    return has_codec(policy) or num_compressed != 0  # NaN: the rows do not say
+
+
 Cell = tuple[str, str]  # policy and budget
 
 
@@ -171,15 +178,10 @@ def _compare_section(section: _Section) -> list[dict[str, Any]]:
         corrected = holm([line["p_value"] for line in own]).tolist()
         for line, p_holm in zip(own, corrected, strict=True):
             line["p_holm"] = p_holm
-        _mark_best(section, [line for line in own if _is_rival(line)])
+        _mark_best(
+            section, [line for line in own if is_rival(line["policy"], line["num_compressed"])]
+        )
     return lines
-
-
-def _is_rival(line: dict[str, Any]) -> bool:
-    """Whether a cell competes for the best one at its budget; see compare_cells."""
-    if is_full_cache(line["policy"]):
-        return False
-    return has_codec(line["policy"]) or line["num_compressed"] != 0  # NaN: the rows do not say
 
 
 def _mark_best(section: _Section, lines: list[dict[str, Any]]) -> None:
