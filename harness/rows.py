@@ -23,7 +23,10 @@ def read_rows(
     paths = list(cell_paths)
     identities = [read_manifest(path)["identity"] for path in paths]
     found = [read_lines(path) for path in paths]
-    codecs = [{row["codec"] for row in rows if row.get("status") == "ok"} for rows in found]
+    codecs = [
+        {row["codec"] for row in rows if row.get("status") == "ok" and "codec" in row}
+        for rows in found
+    ]
     labels = policy_labels(identities, codecs)
     frame = []
     for path, rows, policy, variant in zip(paths, found, labels, variants(identities), strict=True):
