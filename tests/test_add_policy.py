@@ -82,7 +82,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (package / "conf" / "policy" / "middle_out.yaml").write_text(YAML.lstrip())
 
     (folder / "tests").mkdir()
-    for name in (*COPIED_TESTS, "toys", "oracle", "conftest"):
+    for name in (*COPIED_TESTS, "toys", "conftest"):
         shutil.copy(TESTS / f"{name}.py", folder / "tests")
     shutil.copy(TESTS.parent / "pyproject.toml", folder)
 
