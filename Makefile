@@ -263,7 +263,7 @@ equal-bytes: train-locret ## policies, codecs and both in the same bytes of KV c
 	.venv/bin/python -m kvarena.harness.equal_bytes results/equal-bytes
 
 .PHONY: train-locret
-train-locret: .venv/.stamp ## trained heads for POLICY=locret, once for each MODEL: ten CPU minutes
+train-locret: .venv/.stamp ## trained heads for POLICY=locret, once for each MODEL: 21 minutes on one busy core
 	.venv/bin/python -m kvarena.harness.train_locret $(if $(MODEL),--model '$(value MODEL)') \
 	  $(if $(DEVICE),--device '$(value DEVICE)')
 
