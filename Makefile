@@ -90,6 +90,9 @@ endif
 ifneq ($(filter train-locret,$(MAKECMDGOALS)),)
 MISPLACED := $(filter-out MODEL DEVICE,$(MISPLACED))
 endif
+ifneq ($(filter check-policy,$(MAKECMDGOALS)),)
+MISPLACED := $(filter-out POLICY ARGS,$(MISPLACED))
+endif
 ifeq ($(filter $(RUN_TARGETS) help,$(or $(MAKECMDGOALS),help)),)
 ifneq ($(MISPLACED),)
 $(error $(MISPLACED): only for $(RUN_TARGETS), not for `make $(MAKECMDGOALS)`)
@@ -300,6 +303,11 @@ test-slow: .venv/.stamp ## tests on the real model: minutes
 .PHONY: test-all
 test-all: .venv/.stamp ## every test that needs no GPU
 	$(PYTEST) -m "not gpu"
+
+.PHONY: check-policy
+check-policy: .venv/.stamp ## does POLICY keep what the engine relies on: ten seconds on a CPU
+	@.venv/bin/python -m kvarena.harness.testing.check_policy $(if $(POLICY),'$(value POLICY)') \
+	  $(foreach word,$(value ARGS),'$(word)')
 
 # The folders are imported as kvarena.*, which setuptools arranges at install time. mypy does not
 # follow that mapping, so it gets a folder of links that looks like the package.
