@@ -107,6 +107,12 @@ class Unprotected(Newest):
         return -view.positions.float()
 
 
+class Sinkless(Newest):
+    def __post_init__(self) -> None:
+        if self.sinks:
+            raise ValueError(f"sinks must be 0, got {self.sinks}")
+
+
 class Writing(Newest):
     def score(self, view: LayerView) -> Tensor:
         view.stored_keys.mul_(0.9)
@@ -171,6 +177,10 @@ FAULTY: dict[type[Policy], tuple[str, str]] = {
     Endless: ("finite", r"score gave infinity for 24 of 432 tokens in layer 0, pass 3"),
     ByPlace: ("storage order", r"the token at position \d+ scored \d+, and \d+ when the same"),
     Unprotected: ("protection", r"with sinks=3 and recent=5, position \d+ was gone from head 0 of"),
+    Sinkless: (
+        "protection",
+        r"with sinks=3 and recent=5: sinks must be 0, got 3; wanted: both can",
+    ),
     Writing: ("replay oracle", r"logits are .* off .*; score wrote into view.stored_keys in layer"),
     Scattered: ("replay oracle", r"rank_positions=True, but ranks as positions need the first 0"),
     Counting: ("samples", r"after other samples, prompt 1 kept \d+ other tokens of 64 in head 0"),

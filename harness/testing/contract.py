@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvarena.harness.sequence import Generation, KeptTokens
+from kvarena.harness.errors import UsageError
 from kvarena.harness.testing.faults import ContractError, told
 from kvarena.harness.testing.oracle import replay_difference
 from kvarena.harness.testing.score_calls import Watch, copied, other_order, reordered
@@ -25,6 +25,8 @@ from kvarena.harness.testing.subject import (
     Make,
     Subject,
     history,
+    unlike,
+    unlike_steps,
 )
 from kvarena.policies.base import LayerView, Policy
 
@@ -46,7 +48,8 @@ class Finding:
 def check_policy(make: Make) -> Iterator[Finding]:
     """Every check in turn, each as soon as it is done; a check that needs a failed one is not run.
 
-    Raises whatever ``make`` raises.
+    Raises whatever ``make`` raises, and UsageError for an option that does not suit the toy model,
+    such as weights of a model with other heads.
     """
     subject, failed = Subject(make), set()
     kind = type(make())
@@ -57,6 +60,8 @@ def check_policy(make: Make) -> Iterator[Finding]:
             continue
         try:
             yield Finding(check=name, verdict="ok", text=check(subject))
+        except UsageError:
+            raise
         except Exception as error:  # whatever a policy's code may raise
             failed.add(name)
             yield Finding(check=name, verdict="FAILED", text=told(error, kind))
@@ -114,7 +119,11 @@ def _storage_order(subject: Subject) -> str:
 
 
 def _protection(subject: Subject) -> str:
-    policy = subject.make(sinks=3, recent=5)
+    try:
+        policy = subject.make(sinks=3, recent=5)
+    except ValueError as error:
+        seen = f"with sinks=3 and recent=5: {error}"
+        raise ContractError(seen, "both can be set for any policy", "__post_init__") from error
     for generation in subject.run(policy, subject.prompts[:2], slots=2):
         for step in history(generation):
             end = step.seen_tokens
@@ -175,13 +184,13 @@ def _samples(subject: Subject) -> str:
     wanted = "the same; state of a token belongs into columns, and none is kept between samples"
     again = subject.run(subject.make(), subject.prompts)
     for number, (one, other) in enumerate(zip(subject.alone, again, strict=True)):
-        seen = _unlike(one, other)
+        seen = unlike(one, other)
         if seen:
             raise ContractError(f"after other samples, prompt {number} {seen} than alone", wanted)
     first, longer = history(subject.alone[0]), history(subject.alone[-1])
     num_shared = len(subject.prompts[0]) // CHUNK_TOKENS
     for before, after in zip(first[:num_shared], longer[:num_shared], strict=True):
-        seen = _unlike_steps(before, after)
+        seen = unlike_steps(before, after)
         if seen:
             raise ContractError(f"a prompt that goes on longer {seen} at its beginning", wanted)
     return "a prompt keeps the same tokens after any others, whatever follows"
@@ -193,7 +202,7 @@ def _neighbours(subject: Subject) -> str:
         prompts = [subject.prompts[index] for index in order]
         among = subject.run(subject.make(), prompts, slots=len(prompts))
         for index, generation in zip(order, among, strict=True):
-            seen = _unlike(subject.alone[index], generation)
+            seen = unlike(subject.alone[index], generation)
             if seen:
                 raise ContractError(
                     f"among {len(prompts)} prompts, prompt {index} {seen} than alone",
@@ -269,29 +278,6 @@ CHECKS: dict[str, tuple[Callable[[Subject], str], tuple[str, ...]]] = {
     "memory": (_memory, ("scores", "finite")),
     "cost": (_cost, ("scores", "finite")),
 }
-
-
-# ---- what the checks are made of ----
-
-
-def _unlike(one: Generation, other: Generation) -> str | None:
-    """What differs, or None."""
-    for before, after in zip(history(one), history(other), strict=True):
-        seen = _unlike_steps(before, after)
-        if seen:
-            return seen
-    return None if one.token_ids == other.token_ids else "was answered differently"
-
-
-def _unlike_steps(one: KeptTokens, other: KeptTokens) -> str | None:
-    for layer, (before, after) in enumerate(zip(one.positions, other.positions, strict=True)):
-        for head, (kept, others) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
-            num_other = len(set(others) - set(kept))
-            if num_other:
-                return (
-                    f"kept {num_other} other tokens of {len(kept)} in head {head} of layer {layer}"
-                )
-    return None
 
 
 def _tensor_bytes() -> int:

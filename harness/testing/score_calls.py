@@ -62,7 +62,8 @@ class Watch:
         self.calls.append(
             Call(where=self.where, view=before, scores=scores.clone(), written=written)
         )
-        return scores.nan_to_num()  # so that the run goes on; the calls keep what was given
+        # The run goes on; the calls keep what was given.
+        return scores.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _fault_of(scores: Any, positions: Tensor, where: str) -> ContractError | None:

@@ -1,4 +1,4 @@
-"""A policy under test: a toy model, prompts and a budget for it, and runs that checks share."""
+"""A policy under test: a toy model, prompts and a budget for it, its runs, and how two compare."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,3 +114,24 @@ def history(generation: Generation) -> list[KeptTokens]:
     """What was held after every pass, of a run that recorded it."""
     assert generation.kept_history is not None
     return generation.kept_history
+
+
+def unlike(one: Generation, other: Generation) -> str | None:
+    """What the other kept or answered that the one did not, or None."""
+    for before, after in zip(history(one), history(other), strict=True):
+        seen = unlike_steps(before, after)
+        if seen:
+            return seen
+    return None if one.token_ids == other.token_ids else "was answered differently"
+
+
+def unlike_steps(one: KeptTokens, other: KeptTokens) -> str | None:
+    """The first head that held other tokens after one pass, or None."""
+    for layer, (before, after) in enumerate(zip(one.positions, other.positions, strict=True)):
+        for head, (kept, others) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+            num_other = len(set(others) - set(kept))
+            if num_other:
+                return (
+                    f"kept {num_other} other tokens of {len(kept)} in head {head} of layer {layer}"
+                )
+    return None
