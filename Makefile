@@ -90,6 +90,9 @@ endif
 ifneq ($(filter train-locret,$(MAKECMDGOALS)),)
 MISPLACED := $(filter-out MODEL DEVICE,$(MISPLACED))
 endif
+ifneq ($(filter check-policy,$(MAKECMDGOALS)),)
+MISPLACED := $(filter-out POLICY ARGS,$(MISPLACED))
+endif
 ifeq ($(filter $(RUN_TARGETS) help,$(or $(MAKECMDGOALS),help)),)
 ifneq ($(MISPLACED),)
 $(error $(MISPLACED): only for $(RUN_TARGETS), not for `make $(MAKECMDGOALS)`)
@@ -263,7 +266,7 @@ equal-bytes: train-locret ## policies, codecs and both in the same bytes of KV c
 	.venv/bin/python -m kvarena.harness.equal_bytes results/equal-bytes
 
 .PHONY: train-locret
-train-locret: .venv/.stamp ## trained heads for POLICY=locret, once for each MODEL: ten CPU minutes
+train-locret: .venv/.stamp ## trained heads for POLICY=locret, once for each MODEL: 21 minutes on one busy core
 	.venv/bin/python -m kvarena.harness.train_locret $(if $(MODEL),--model '$(value MODEL)') \
 	  $(if $(DEVICE),--device '$(value DEVICE)')
 
@@ -300,6 +303,11 @@ test-slow: .venv/.stamp ## tests on the real model: minutes
 .PHONY: test-all
 test-all: .venv/.stamp ## every test that needs no GPU
 	$(PYTEST) -m "not gpu"
+
+.PHONY: check-policy
+check-policy: .venv/.stamp ## does POLICY keep what the engine relies on: ten seconds on a CPU
+	@.venv/bin/python -m kvarena.harness.testing.check_policy $(if $(POLICY),'$(value POLICY)') \
+	  $(foreach word,$(value ARGS),'$(word)')
 
 # The folders are imported as kvarena.*, which setuptools arranges at install time. mypy does not
 # follow that mapping, so it gets a folder of links that looks like the package.

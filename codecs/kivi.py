@@ -5,11 +5,20 @@ outliers to itself. Quantisation is asymmetric, between a group's minimum and ma
 Paper: "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
 https://arxiv.org/abs/2402.02750, section 3.
 
+Default: 4 bits, which the authors recommend for models whose query heads share keys and values, and
+2 for multi-head attention (docs/long_bench.md of jy-yuan/KIVI: Mistral-7B-Instruct-v0.2 averages
+43.54 on LongBench, 42.43 in 2 bits, 43.53 in 4). Group size 32 and window 128 are those of the same
+tables.
+
 Error of a number: half a step, (max - min) / (2 ** bits - 1) / 2 of its group, plus what float16
 bounds add (bits.py).
-Differs from the paper: values wait for a full block as keys do, where the paper quantises one value
-for each new token; a group is held as minimum and maximum instead of minimum and step. That heads
-which evict on their own hold different tokens in one row changes nothing: no group spans heads.
+Differs from the paper: a prompt comes in chunks, and a chunk attends to what earlier blocks decode
+to; the authors' pass over a prompt attends to exact keys and values, and codes afterwards. Between
+passes the newest 128 to 159 tokens are exact (the window, and what does not fill a block); in the
+authors' code 0 to 127 keys, which are coded 128 at once, and the newest 128 values, of which each
+new token pushes out one. A group is held as minimum and maximum instead of minimum and step. That
+heads which evict on their own hold different tokens in one row changes nothing: no group spans
+heads.
 """
 
 from collections.abc import Sequence
@@ -46,11 +55,11 @@ class KIVIBlock(Block):
 
 @dataclass(kw_only=True)
 class KIVI(Codec):
-    """bits: 2 | 4; block: tokens of a key channel that share a scale; group: channels of a value
+    """bits: 4 | 2; block: tokens of a key channel that share a scale; group: channels of a value
     that do (a smaller head is one group). The paper calls both numbers group size."""
 
     block: int = 32
-    bits: int = 2
+    bits: int = 4
     group: int = 32
 
     def __post_init__(self) -> None:

@@ -10,9 +10,12 @@ Error: |x - decoded x| <= step / 2, step <= max(rel * (max - min), 2 ** -14 * la
 the unit (2 ** -120 for all zeros), plus 2 ** -22 of the largest magnitude for float32 itself.
 Differs from the paper: the Huffman code is zlib's, made anew for the keys and for the values of
 each block, so that no code can meet an alphabet without it; the released code freezes one codebook
-per layer after the prompt. Keys and values share block (64) and window (128); the released code
-takes 128 and 256 for values. Steps are bfloat16, offsets int16. With ``unit="layer"`` a unit spans
-the heads of the block; if they evict on their own, "one token" of values is one row of them.
+per layer after the prompt. Keys and values share block (64) and window (128), which leaves 128 to
+191 tokens exact between passes; the released code leaves 64 to 127 keys (in blocks of 64) and 128
+to 255 values (in blocks of 128). A chunk of a prompt attends to itself exactly and to what earlier
+blocks decode to; the released code's accuracy runs read a prompt in one pass that attends to all
+blocks of it decoded. Steps are bfloat16, offsets int16. With ``unit="layer"`` a unit spans the
+heads of the block; if they evict on their own, "one token" of values is one row of them.
 """
 
 import zlib

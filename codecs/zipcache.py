@@ -9,13 +9,20 @@ https://arxiv.org/abs/2405.14256; released code: ThisisBillhe/ZipCache.
 
 Error of a key: half a step, (max - min) / (2 ** bits - 1) / 2 of its unit, plus what float16 bounds
 add (bits.py); of a value: the same for its divided row, times the channel's divisor.
-Differs from the paper: a block is coded once, when it has left a window of exact tokens; the
-released code has no window, codes the whole prompt at once, and decodes and codes everything again
-every 100 tokens. With ``unit="layer"`` a value's bounds span row r of all heads, one token unless
-heads evict on their own; the released code joins the r-th salient tokens of all heads, which are
-different tokens. A row's bounds serve both classes, each with its own number of steps.
-``count="text"`` divides by all queries of the text that can see the token, as the released code
-does; "probes" by the probes that can, the paper's formula.
+Differs from the paper: a prompt comes in chunks, and a chunk attends to what earlier blocks decode
+to; the released code's pass over a prompt attends to exact keys and values, and codes afterwards.
+A block is coded once, when it has left a window of exact tokens (between passes 128 to 255 tokens);
+the released code keeps no token of a prompt exact and at most 99 written ones, and decodes and
+codes everything again after every 100. So bounds and divisors span a block here, there all tokens
+(of a class) in the prompt, and ``salient`` is a share of each block here, there of the prompt.
+Saliency is judged when a block leaves the window, by the probes of the text so far, before the rest
+(the question, often) is read; there a prompt is judged at its end, and 100 written tokens by the
+one query of that step, undivided. Random probes are drawn by position, none twice.
+With ``unit="layer"`` a value's bounds span row r of all heads, one token unless heads evict on
+their own; the released code joins the r-th salient tokens of all heads, which are different tokens.
+A row's bounds serve both classes, each with its own number of steps. ``count="text"`` divides by
+all queries of the text that can see the token, as the released code does; "probes" by the probes
+that can, the paper's formula.
 
 block=128 holds the fewest bytes from about 1500 to 5300 tokens of SmolLM2 (bits per coded number at
 60 % salient: 3.90 at block 64, 3.61 at 128, 3.45 at 256, 3.31 for 2048 at once): a smaller one has

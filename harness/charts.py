@@ -1,4 +1,4 @@
-"""Charts of compared cells, as SVG: a measure against budget or memory, and bars per cell.
+"""Charts of compared cells, as SVG: a measure against budget or memory, and dots or bars per cell.
 
 Every frame is one that ``comparison.compare_cells`` gives, of one task, model and variant. A cell
 without a value is left out, and a line breaks there. Drawn with matplotlib's object API under its
@@ -8,7 +8,7 @@ same frame gives the same bytes. Letters are drawn as paths: no font is needed t
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,9 +22,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.comparison import is_full_cache
 from kvarena.harness.policy_styles import PolicyStyle, policy_styles
+from kvarena.harness.tables import Line, significant
 
 # Narrow enough that a phone shows the letters at nearly their own size.
 WIDTH_IN, HEIGHT_IN = 4.2, 2.6  # the legend's height comes on top
+DOTS_WIDTH_IN, COLUMN_POINTS = 7.2, 64
 KINDS = ("tokens", "% of the prompt", "MB")  # by the first part of Budget.sort_key
 
 
@@ -62,7 +64,7 @@ def by_budget_kind(cells: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def budget_chart(cells: pd.DataFrame, kind: str, ylabel: str, scale: float = 1) -> bytes:
-    """Score with interval band by budget, a line per policy; the full cache is a level.
+    """Score with error bars by budget, a line per policy; the full cache is a level with a band.
 
     cells: of one kind, from by_budget_kind. scale: what turns a score into the unit of `ylabel`.
     """
@@ -83,14 +85,10 @@ def budget_chart(cells: pd.DataFrame, kind: str, ylabel: str, scale: float = 1) 
             own = rest[rest["policy"] == policy]
             # Set apart a little, else the intervals of all policies lie on one another.
             shift = math.exp(0.018 * span * (place - (len(policies) - 1) / 2))
-            colour = styles[policy].colour
-            x = own["budget_size"] * shift
-            low, high = scale * own["score_low"], scale * own["score_high"]
-            axes.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
-            _line(axes, policy, styles[policy], x, own, scale)
+            _line(axes, policy, styles[policy], own["budget_size"] * shift, own, scale)
         _label_budgets(axes, rest, span)
         axes.set(xlabel=f"budget ({kind})", ylabel=ylabel)
-        _from_zero(axes)
+        _from_zero(axes, cells, scale)
         return _svg(figure)
 
 
@@ -114,7 +112,7 @@ def memory_chart(cells: pd.DataFrame, ylabel: str) -> bytes:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="KV cache kept (MB)", ylabel=ylabel)
-        _from_zero(axes)
+        _from_zero(axes, known, 100)
         return _svg(figure)
 
 
@@ -125,35 +123,77 @@ def pareto_front(costs: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return np.logical_not(np.any(as_good & better, axis=0))
 
 
+def score_chart(cells: pd.DataFrame, xlabel: str, beside: Mapping[str, Sequence[str]]) -> bytes:
+    """A dot per cell at its score in percent, with its interval; by budget, best first.
+
+    beside: heading -> a text per line of ``cells``, in a column at the right.
+    """
+    known = cells.assign(**beside).dropna(subset=["score"])
+    known = known.sort_values(["score", "policy"], ascending=[False, True])
+    styles = policy_styles(cells["policy"])
+    with default_settings():
+        figure, axes = _figure(0.6 + 0.18 * _num_lines(known), DOTS_WIDTH_IN)
+        places = list(_lines_by_budget(axes, known))
+        for column, heading in enumerate(beside, start=1):
+            side = {"xycoords": axes.get_yaxis_transform(), "ha": "right"}
+            _write(axes, heading, (1, 0), COLUMN_POINTS * column, weight="bold", **side)
+            for place, line in places:
+                _write(axes, line[heading], (1, place), COLUMN_POINTS * column, **side)
+        for place, line in places:
+            style = styles[line["policy"]]
+            low, high = 100 * line["score_low"], 100 * line["score_high"]
+            axes.hlines(place, low, high, color=style.colour, lw=1.2)
+            x = 100 * line["score"]
+            axes.plot(x, place, style.marker, color="white", ms=5.5)  # no line through an empty one
+            dots = axes.plot(x, place, style.marker, ms=5.5)
+            dots[0].set(color=style.colour, fillstyle=style.fill)
+        axes.set(xlabel=xlabel, xlim=(-2, 102))
+        return _svg(figure)
+
+
 def bar_chart(cells: pd.DataFrame, columns: list[str], xlabel: str, scale: float = 1) -> bytes:
     """A bar per cell, grouped by budget. A second column is drawn pale behind the first."""
-    known = cells.dropna(subset=columns)
-    rank = known["budget"].map(lambda label: parse_budget(label).sort_key)
-    known = known.assign(rank=rank).sort_values(["rank", "policy"])
+    known = cells.dropna(subset=columns).sort_values("policy")
     styles = policy_styles(cells["policy"])
-    num_lines = len(known) + 1.3 * known["budget"].nunique()
     with default_settings():
-        figure, axes = _figure(0.5 + 0.16 * num_lines)
-        names: dict[float, str] = {}
-        place = 0.0
-        for budget, group in known.groupby("budget", sort=False):
-            heading = "full cache" if budget == "full" else f"budget {budget}"
-            _write(axes, heading, (0, place), -4, ha="right", weight="bold")
-            for line in group.to_dict("records"):
-                place += 1
-                names[place] = line["policy"]
-                values = [scale * line[name] for name in columns]
-                _bar(axes, place, styles[line["policy"]], values)
-            place += 1.3
-        axes.set_yticks(list(names), list(names.values()))
-        axes.tick_params(axis="y", length=0)
-        axes.set(xlabel=xlabel, ylim=(place - 0.5, -0.7))
+        figure, axes = _figure(0.5 + 0.16 * _num_lines(known))
+        for place, line in _lines_by_budget(axes, known):
+            _bar(axes, place, styles[line["policy"]], [scale * line[name] for name in columns])
+        axes.set(xlabel=xlabel)
         axes.margins(x=0.18)
         return _svg(figure)
 
 
-def _figure(height_in: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+def _num_lines(cells: pd.DataFrame) -> float:
+    """The height that _lines_by_budget takes, in lines."""
+    return len(cells) + 1.3 * cells["budget"].nunique()
+
+
+def _lines_by_budget(axes: Axes, cells: pd.DataFrame) -> Iterator[tuple[float, Line]]:
+    """Each cell with its place, downwards, small budgets first, else in their order.
+
+    Writes names and headings at the left.
+    """
+    ranks = cells["budget"].map(lambda label: parse_budget(label).sort_key)
+    names: dict[float, str] = {}
+    place = 0.0
+    cells = cells.loc[ranks.sort_values(kind="stable").index]
+    for budget, group in cells.groupby("budget", sort=False):
+        heading = "full cache" if budget == "full" else f"budget {budget}"
+        side = {"xycoords": axes.get_yaxis_transform(), "ha": "right"}
+        _write(axes, heading, (0, place), -4, weight="bold", **side)
+        for line in group.to_dict("records"):
+            place += 1
+            names[place] = line["policy"]
+            yield place, line
+        place += 1.3
+    axes.set_yticks(list(names), list(names.values()))
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(place - 0.5, -0.7)
+
+
+def _figure(height_in: float, width_in: float = WIDTH_IN) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", lw=0.5)
@@ -164,15 +204,19 @@ def _figure(height_in: float) -> tuple[Figure, Axes]:
 def _line(
     axes: Axes, label: str, style: PolicyStyle, x: pd.Series, cells: pd.DataFrame, scale: float
 ) -> None:
-    """Markers at the scores, joined, with their intervals as thin upright lines."""
+    """Markers at the scores, joined, with their intervals as error bars."""
     low, high = scale * cells["score_low"], scale * cells["score_high"]
     axes.vlines(x, low, high, color=style.colour, lw=0.7)
+    for ends in (low, high):
+        axes.plot(x, ends, "_", color=style.colour, ms=3.5, mew=0.7)
     lines = axes.plot(x, scale * cells["score"], label=label, lw=1.1, ms=4.5)
     lines[0].set(color=style.colour, marker=style.marker, ls=style.line, fillstyle=style.fill)
 
 
-def _from_zero(axes: Axes) -> None:
-    """Begin the upright axis at zero, with room for half a marker."""
+def _from_zero(axes: Axes, cells: pd.DataFrame, whole: float) -> None:
+    """Begin the upright axis at zero, with room for half a marker; zeros end it at ``whole``."""
+    if not (cells["score"] > 0).any():
+        axes.set_ylim(top=1.03 * whole)
     axes.set_ylim(bottom=-0.03 * axes.get_ylim()[1])
 
 
@@ -193,7 +237,7 @@ def _bar(axes: Axes, place: float, style: PolicyStyle, values: list[float]) -> N
     hatch = None if style.line == "-" else "////"
     axes.barh(place, values[-1], 0.75, color=style.colour, alpha=0.3)
     axes.barh(place, values[0], 0.75, color=style.colour, hatch=hatch, edgecolor="white", lw=0)
-    text = " / ".join(f"{value:.3g}" for value in values)
+    text = " / ".join(map(significant, values))
     _write(axes, text, (values[-1], place), 3)
 
 

@@ -33,10 +33,10 @@ CELL = [*SECTION, "policy", "budget"]
 NUMBERS = ["score", "kv_bytes_kept", "kv_bytes_peak", "ttft_sec", "decode_tokens_per_sec"]
 # Texts that rows may lack.
 _OPTIONAL = ["variant", "part", "document", "run_id"]
-_OF_CELLS = ["num_planned", "num_ok", "num_documents", "score", "score_low", "score_high"]
-_OF_CELLS += ["score_se", *NUMBERS[1:], "slots", "difference", "difference_low"]
-_OF_CELLS += ["difference_high", "p_value", "p_holm", "detectable", "num_pairs"]
-_OF_CELLS += ["is_best", "ties_best"]
+_OF_CELLS = ["num_planned", "num_ok", "num_documents", "num_compressed"]
+_OF_CELLS += ["score", "score_low", "score_high", "score_se", *NUMBERS[1:], "slots"]
+_OF_CELLS += ["difference", "difference_low", "difference_high", "p_value", "p_holm"]
+_OF_CELLS += ["detectable", "num_pairs", "is_best", "ties_best"]
 _OF_PAIRS = ["budget", "policy", "other", "num_pairs", "difference", "difference_low"]
 _OF_PAIRS += ["difference_high", "difference_se", "p_value", "p_holm", "detectable", "verdict"]
 
@@ -55,6 +55,18 @@ def is_full_cache(policy: str) -> bool:
     return re.split("[(@]", policy)[0] == "full"
 
 
+def has_codec(policy: str) -> bool:
+    """Whether a policy's label, as in ``full+kivi(bits=2)``, names a codec as well."""
+    return "+" in re.sub(r"\([^()]*\)", "", policy)
+
+
+def is_rival(policy: str, num_compressed: float) -> bool:
+    """Whether a cell with this label and count competes for the best one; see compare_cells."""
+    if is_full_cache(policy):
+        return False
+    return has_codec(policy) or num_compressed != 0  # NaN: the rows do not say
+
+
 Cell = tuple[str, str]  # policy and budget
 
 
@@ -64,6 +76,7 @@ def compare_cells(
     """One line per (task, model, variant, policy, budget), small budgets first, best score first.
 
     num_planned, num_ok: rows asked for, rows that count; num_documents: independent ones in them
+    num_compressed: rows that count in which something was evicted; NaN where some do not say
     score, score_low, score_high, score_se: see the module; NaN for a cell that lacks rows, unless
         allow_partial
     kv_bytes_kept, ttft_sec, decode_tokens_per_sec: medians; kv_bytes_peak, slots: the largest
@@ -71,8 +84,10 @@ def compare_cells(
         cache of the same task, model and variant, over the samples that both have; NaN (and no
         pairs) for the full cache itself and where its run is missing or there are two versions
     p_holm: p_value corrected for all policies compared with full at one budget
-    is_best: the highest score at a budget among policies that evict; of nobody where they did not
-        answer the same samples
+    is_best: the highest score at a budget among its rivals, which are the cells that hold less than
+        the full cache: something was evicted in one sample at least (or the rows do not say), or a
+        codec stores what was kept in fewer bytes, which needs no eviction (``full+kivi``). Nobody
+        is where the rivals did not answer the same samples
     ties_best: another of them that is not significantly below a best one (p >= 0.05, uncorrected)
 
     bounds: between which scores lie; None for another measure in their place, such as nats
@@ -163,7 +178,9 @@ def _compare_section(section: _Section) -> list[dict[str, Any]]:
         corrected = holm([line["p_value"] for line in own]).tolist()
         for line, p_holm in zip(own, corrected, strict=True):
             line["p_holm"] = p_holm
-        _mark_best(section, [line for line in own if not is_full_cache(line["policy"])])
+        _mark_best(
+            section, [line for line in own if is_rival(line["policy"], line["num_compressed"])]
+        )
     return lines
 
 
@@ -226,6 +243,10 @@ def _sections(rows: pd.DataFrame, allow_partial: bool, bounds: Bounds | None) ->
         documents = ok.drop_duplicates(["policy", "budget", "part", "document"])
         counts = documents.groupby(["policy", "budget"]).size()
         table["num_documents"] = counts.reindex(table.index, fill_value=0)
+        told = ok.groupby(["policy", "budget"])["compressed"].agg(["count", "sum"])
+        told = told.reindex(table.index, fill_value=0)
+        known = (told["count"] == table["num_ok"]) & (table["num_ok"] > 0)
+        table["num_compressed"] = told["sum"].where(known)
         complete = table["num_ok"] >= table["num_planned"]
         shown = table.index[complete | allow_partial]
         samples = {
@@ -262,4 +283,6 @@ def _with_defaults(rows: pd.DataFrame) -> pd.DataFrame:
         planned = pd.to_numeric(rows["num_planned"]).fillna(planned)
     documents = rows["document"].where(rows["document"] != "", rows["sample_id"])
     ok = (rows["status"] == "ok") & rows["score"].notna()
-    return rows.assign(num_planned=planned, document=documents, ok=ok)
+    told = rows["compressed"] if "compressed" in rows else pd.Series(pd.NA, index=rows.index)
+    evicted = told.astype("boolean").to_numpy(float, na_value=math.nan)
+    return rows.assign(num_planned=planned, document=documents, compressed=evicted, ok=ok)

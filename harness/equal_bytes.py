@@ -1,8 +1,9 @@
-"""The recorded comparison at equal bytes: rows, a table and the Pareto picture.
+"""The recorded comparison at equal bytes: rows, a table and a picture.
 
-``python -m kvarena.harness.equal_bytes <results_dir>`` turns the cells of ``make equal-bytes`` into
-``results/equal-bytes/equal-bytes*`` (its distances from cells that force answers) and renews the
-README's table.
+``python -m kvarena.harness.equal_bytes`` makes the tables and the picture anew from the recorded
+rows, ``results/equal-bytes/equal-bytes.csv``. With a results folder as its argument it takes the
+cells there, which ``make equal-bytes`` ran, and records their rows first; distances are those of
+cells that force answers.
 """
 
 import sys
@@ -12,43 +13,82 @@ import pandas as pd
 
 from kvarena.harness import charts, tables
 from kvarena.harness.comparison import CELL, compare_cells
+from kvarena.harness.distances import distances
+from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.reference import REPOSITORY, with_table, without_texts
-from kvarena.harness.report import own_summaries
 from kvarena.harness.results import find_cells
-from kvarena.harness.rows import read_rows
+from kvarena.harness.rows import read_rows, recorded_rows
+from kvarena.harness.variants import method_label
 
 NAME = "equal-bytes"
-_MEASURES = ["bits_per_value", "compression_ratio", "budget_tokens"]
+FOLDER = REPOSITORY / "results" / NAME
 
 
 def main() -> None:
-    """Write everything from the cells below the folder named by the argument."""
-    rows = read_rows(sorted(find_cells(Path(sys.argv[1]))))
-    target = REPOSITORY / "results" / NAME
-    is_forced = rows["task"].str.startswith("fidelity")
-    if is_forced.any():
-        distances = own_summaries(str(rows["task"][is_forced].iloc[0]), rows[is_forced])
-        tables.write_csv(distances["distances"], target / f"{NAME}-distances.csv")
-    rows = rows[~is_forced].dropna(axis=1, how="all")
+    """Write everything, from the cells below the folder that the argument names if there is one."""
+    if len(sys.argv) > 2:
+        sys.exit("usage: python -m kvarena.harness.equal_bytes [results_dir]")
+    try:
+        rows = _rows_of_cells(Path(sys.argv[1])) if sys.argv[1:] else _recorded()
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     summary = summarise(rows)
-    tables.write_csv(without_texts(rows), target / f"{NAME}.csv")
-    tables.write_csv(summary, target / f"{NAME}-summary.csv")
-    with replacing(target / f"{NAME}.svg") as path:
-        path.write_bytes(charts.memory_chart(summary, "needle score (%)"))
+    tables.write_csv(without_texts(rows), FOLDER / f"{NAME}.csv")
+    tables.write_csv(summary, FOLDER / f"{NAME}-summary.csv")
+    with replacing(FOLDER / f"{NAME}.svg") as path:
+        path.write_bytes(picture(summary))
     readme = REPOSITORY / "README.md"
-    renewed = with_table(readme.read_text(), NAME, target / f"{NAME}-summary.csv")
+    renewed = with_table(readme.read_text(), NAME, FOLDER / f"{NAME}-summary.csv")
     with replacing(readme) as path:
         path.write_text(renewed)
 
 
+def _recorded() -> pd.DataFrame:
+    return labelled(recorded_rows(FOLDER / f"{NAME}.csv"))
+
+
+def _rows_of_cells(results_dir: Path) -> pd.DataFrame:
+    """Rows of generated answers; the distances of forced ones are written."""
+    rows = read_rows(find_cells(results_dir))
+    if rows.empty:
+        raise UsageError(f"{results_dir} has no rows under runs/; run make equal-bytes first")
+    rows = labelled(rows)
+    forced = rows["task"].str.startswith("fidelity")
+    if forced.any():
+        tables.write_csv(distances(rows[forced]), FOLDER / f"{NAME}-distances.csv")
+    return rows[~forced].dropna(axis=1, how="all")
+
+
+def labelled(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose ``policy`` names the codec as it ran, not as it was asked for."""
+
+    def as_run(policy: str, codec: str) -> str:
+        method, at, version = policy.partition("@")
+        return method_label(method.partition("+")[0], codec) + at + version
+
+    return rows.assign(policy=list(map(as_run, rows["policy"], rows["codec"])))
+
+
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per cell: scores with intervals, sizes, and what the bytes were spent on."""
-    summary = compare_cells(rows)
-    good = rows[rows["status"] == "ok"]
-    wanted = dict.fromkeys(_MEASURES, "median") | {"codec": "first"}
-    spent = good.groupby(CELL, dropna=False).agg(wanted).reset_index()
-    return summary.merge(spent, on=CELL)
+    """compare_cells' lines with what the bytes were spent on: codec, bits per number, tokens."""
+    good = rows[rows["status"] == "ok"].groupby(CELL)
+    spent = good.agg(
+        codec=("codec", "first"),
+        bits_per_value=("bits_per_value", "median"),
+        kept_tokens=("kept_tokens", "max"),
+    )
+    return compare_cells(rows).join(spent, on=CELL)
+
+
+def picture(summary: pd.DataFrame) -> bytes:
+    """Every method's score with its interval, by budget, beside bits and tokens, as SVG."""
+    beside = {
+        "bits per value": [f"{bits:.1f}" for bits in summary["bits_per_value"]],
+        "tokens kept": [f"{tokens:.0f}" for tokens in summary["kept_tokens"]],
+    }
+    return charts.score_chart(summary, "needles found (%), with 95 % intervals", beside)
 
 
 if __name__ == "__main__":

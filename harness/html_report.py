@@ -14,21 +14,21 @@ import pandas as pd
 
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.comparison import SECTION, compare_cells
+from kvarena.harness.distances import are_forced, score_name, with_kl
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.published import beside, with_parts
-from kvarena.harness.report_pictures import is_fidelity, length_heatmaps, section_pictures
+from kvarena.harness.report_pictures import length_heatmaps, section_pictures
 from kvarena.harness.report_provenance import describe_cells
 from kvarena.harness.report_tables import (
-    HEADER,
-    READING,
     coverage_warnings,
     examples,
     findings,
-    table_lines,
+    table_columns,
 )
 from kvarena.harness.results import find_cells
 from kvarena.harness.rows import read_rows
+from kvarena.harness.tables import counted, evictions, marks_in_words
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def write_report(results_dir: Path) -> Path:
         raise UsageError(f"{results_dir} has no rows under runs/; run something first (make demo)")
     started = {path.parent for path in (results_dir / "runs").glob("*/*/*/manifest.json")}
     empty = sorted(f"{path.parent.name}/{path.name}" for path in started - set(cell_paths))
-    cells = beside(with_parts(compare_cells(rows), rows))
+    cells = beside(with_parts(with_kl(compare_cells(rows), rows), rows))
     page = render(rows, cells, describe_cells(cell_paths), empty)
     path = results_dir / "report.html"
     with replacing(path) as temporary:
@@ -66,7 +66,7 @@ def render(
 ) -> str:
     """The page as text.
 
-    rows: one line per sample; cells: compare_cells(rows), published figures beside them;
+    rows: one line per sample; cells: compare_cells(rows), with their KL and published figures;
     provenance: describe_cells(folders); empty_cells: cells that were begun and have no rows.
     """
     keys = cells[SECTION].drop_duplicates().sort_values(SECTION).itertuples(index=False)
@@ -82,13 +82,11 @@ def render(
         trim_blocks=True,
     )
     return environment.get_template("page.html.j2").render(
-        num_cells=len(cells),
-        num_rows=len(rows),
+        num_cells=counted(len(cells), "cell"),
+        num_rows=counted(len(rows), "sample"),
         sections=sections,
         sample_tasks=sorted({one["task"] for one in sections if one["is_sample"]}),
         warnings=warnings + [f"{name}: begun, no samples yet" for name in empty_cells],
-        table_header=HEADER,
-        table_reading=READING,
         provenance=provenance,
     )
 
@@ -98,6 +96,7 @@ def _section(
 ) -> dict[str, Any]:
     """What the template shows of one task, model and variant."""
     task, model, variant = key
+    columns = table_columns(cells)
     return {
         "anchor": anchor,
         "task": task,
@@ -107,9 +106,13 @@ def _section(
         "findings": findings(cells),
         "pictures": list(section_pictures(rows, cells)),
         "heatmaps": list(length_heatmaps(rows, cells)),
-        "lines": table_lines(cells),
+        "score": score_name(cells),
+        "longest_name": cells["policy"].str.len().max(),
+        "columns": columns,
+        "marks": marks_in_words(evictions(cells)),
+        "lines": list(zip(*(column.entries for column in columns), strict=True)),
         # Forced answers are the full cache's own, whatever the policy.
-        "examples": [] if is_fidelity(rows) else examples(rows),
+        "examples": [] if are_forced(rows) else examples(rows),
     }
 
 

@@ -77,7 +77,10 @@ class RetainingHeads(nn.Module):
 
 
 def retaining_loss(scores: Tensor, targets: Tensor) -> Tensor:
-    """SmoothL1 to the targets [L, K, P] and the smoothness of neighbouring scores, both means."""
+    """SmoothL1 to the targets [L, K, P] and the smoothness of neighbouring scores, both means.
+
+    The released code sums the smoothness over layers, so that it weighs L times as much there.
+    """
     steps = scores[..., 1:] - scores[..., :-1]
     return F.smooth_l1_loss(scores, targets) + SMOOTHNESS * steps.square().mean()
 

@@ -13,10 +13,9 @@ from kvarena.harness.charts import default_settings
 from kvarena.harness.errors import UsageError
 from kvarena.harness.policy_styles import policy_style
 from kvarena.harness.results import find_cells
-from kvarena.harness.rows import read_rows
+from kvarena.harness.rows import read_rows, recorded_rows
 
 WIDTH_IN = 7.6
-TEXT_COLUMNS = ("budget", "variant", "part")  # empty ones would come back as not-a-number
 
 
 def notebook_rows(results_dir: Path) -> pd.DataFrame:
@@ -27,11 +26,8 @@ def notebook_rows(results_dir: Path) -> pd.DataFrame:
     cells = find_cells(results_dir)
     if cells:
         return read_rows(cells)
-    frames = []
-    for path in sorted((results_dir / "reference").glob("*.csv")):
-        frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str))
-        if "sample_id" in frame:  # summaries lie beside the rows
-            frames.append(frame.fillna(dict.fromkeys(TEXT_COLUMNS, "")))
+    frames = [recorded_rows(path) for path in sorted((results_dir / "reference").glob("*.csv"))]
+    frames = [frame for frame in frames if "sample_id" in frame]  # summaries lie beside the rows
     if not frames:
         raise UsageError(f"no rows in {results_dir}; run something first, for example: make demo")
     return pd.concat(frames, ignore_index=True)

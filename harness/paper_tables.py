@@ -2,63 +2,47 @@
 
 ``python -m kvarena.harness.paper_tables <results_dir>`` reads all cells below the folder and
 writes into its ``tables/``: rows.parquet and rows.csv (one line per sample), summary.csv and
-pairs.csv (see comparison.py), and per task, model and variant one .md and one .tex (booktabs, and
-graphicx for wide tables).
+pairs.csv (see comparison.py), and per task, model and variant one .md and one .tex, whose first
+line names the LaTeX packages that it needs.
 """
 
 import re
 import sys
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from kvarena.harness import table_notes
-from kvarena.harness.comparison import SECTION, compare_cells, compare_pairs, is_full_cache
+from kvarena.harness.comparison import (
+    SECTION,
+    compare_cells,
+    compare_pairs,
+    is_full_cache,
+    is_rival,
+)
 from kvarena.harness.errors import UsageError
-from kvarena.harness.files import file_name, replacing
+from kvarena.harness.files import replacing
 from kvarena.harness.published import beside, with_parts
 from kvarena.harness.results import find_cells
 from kvarena.harness.rows import read_rows
 from kvarena.harness.statistics import SIGNIFICANCE
-from kvarena.harness.table_notes import AT_LEAST, DIFFERS, TIE
+from kvarena.harness.table_markup import (
+    DIFFERS,
+    MINUS,
+    MISSING,
+    TIE,
+    UNBOUND,
+    Entry,
+    Grid,
+    latex_file,
+    markdown_file,
+)
 from kvarena.harness.tables import storable, write_csv
-
-MINUS, MISSING = "\N{MINUS SIGN}", "\N{EN DASH}"
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    AT_LEAST: r"$\geq$",
-    MINUS: "$-$",
-    MISSING: "--",
-    TIE: r"$^{\dagger}$",
-    DIFFERS: "$^{*}$",
-} | {sign: f"\\{sign}" for sign in "&%$#_{}"}
-_WIDE = 6  # columns of numbers that fit the width of a page
-
-
-class Entry(NamedTuple):
-    """What a place of a table says, as plain text."""
-
-    text: str
-    bold: bool = False
-
-
-@dataclass(frozen=True)
-class Grid:
-    """One table as plain text. lines: policy -> its entries, one for each of ``columns``."""
-
-    name: str
-    caption: str
-    columns: list[str]
-    lines: dict[str, list[Entry]]
-    notes: list[str]
+from kvarena.tasks.base import content_id
 
 
 def main() -> None:
@@ -90,58 +74,74 @@ def write_tables(results_dir: Path) -> list[Path]:
         "pairs": compare_pairs(rows),
     }
     written += [write_csv(frame, folder / f"{name}.csv") for name, frame in frames.items()]
-    for labels, own in cells.groupby(SECTION, sort=False):
-        tables = grids(own, rows[(rows[SECTION] == list(labels)).all(axis=1)])
-        stem = file_name("-".join(str(label) for label in labels if label))
-        for suffix, render in ((".md", to_markdown), (".tex", to_latex)):
-            written.append(folder / f"{stem}{suffix}")
+    sections = dict(list(cells.groupby(SECTION, sort=False)))
+    texts = ["-".join(str(label) for label in labels if label) for labels in sections]
+    for name, (labels, own) in zip(unique_names(texts), sections.items(), strict=True):
+        tables = grids(own, rows[(rows[SECTION] == list(labels)).all(axis=1)], name)
+        for suffix, render in ((".md", markdown_file), (".tex", latex_file)):
+            written.append(folder / f"{name}{suffix}")
             with replacing(written[-1]) as temporary:
-                temporary.write_text("\n".join(map(render, tables)), encoding="utf-8")
+                temporary.write_text(render(tables), encoding="utf-8")
     for stale in {*folder.glob("*.md"), *folder.glob("*.tex")} - set(written):
         stale.unlink()  # of cells that have another name now, it would look current
     return written
 
 
-def grids(cells: pd.DataFrame, rows: pd.DataFrame) -> list[Grid]:
+def unique_names(texts: Sequence[str]) -> list[str]:
+    """Names of files and of LaTeX labels: letters, digits and dashes; alike in no two texts."""
+    names = [_name(text) for text in texts]
+    times = Counter(name.lower() for name in names)  # not every disk tells case apart
+    return [
+        name if times[name.lower()] == 1 else f"{name}-{content_id(text)[:4]}"
+        for name, text in zip(names, texts, strict=True)
+    ]
+
+
+def _name(text: str) -> str:
+    plain = unicodedata.normalize("NFKD", text.replace("%", " percent"))
+    return "-".join(re.findall("[A-Za-z0-9]+", plain.encode("ascii", "ignore").decode())) or "table"
+
+
+def grids(cells: pd.DataFrame, rows: pd.DataFrame, name: str) -> list[Grid]:
     """Scores, differences to the full cache, and per budget the scores by part if there are any.
 
-    cells: what compare_cells gives of ``rows``, which are of one task, model and variant.
+    cells: what compare_cells gives of ``rows``, which are of one task, model and variant; name:
+    how the names of the tables begin.
     """
-    place = ", ".join(str(label) for label in cells.iloc[0][SECTION] if label)
+    cells = _with_contests(cells)
     evicting = ~cells["policy"].map(is_full_cache)
     budgets = list(cells.loc[evicting if evicting.any() else ~evicting, "budget"].unique())
     policies = _ranked(cells)
     counts = list(_count_notes(cells, rows))
-    all_parts = sorted(set(rows["part"]) - {""})
 
     def grid(
-        kind: str, caption: str, columns: list[str], lines: dict[str, list[Entry]], *notes: str
+        kind: str,
+        what: str,
+        under: list[str],
+        columns: list[str],
+        lines: dict[str, list[Entry]],
+        note: str,
     ) -> Grid:
-        # A LaTeX label must not hold a comment sign and the like.
-        name = re.sub("[^A-Za-z0-9]+", "-", f"{place} {kind}".replace("%", " percent"))
-        return Grid(name, f"{caption} on {place}.", columns, lines, [*counts, *notes])
+        entries = [entry for line in lines.values() for entry in line]
+        per = "budget" if columns == under else "part"
+        notes = [*counts, note, *table_notes.marks(entries, per)]
+        caption = table_notes.caption(what, cells, rows, under)
+        return Grid(f"{name}-{_name(kind)}", caption, columns, lines, notes)
 
     scores = {policy: [_score(_line(cells, policy, one)) for one in budgets] for policy in policies}
-    tables = [
-        grid(
-            "score",
-            "Score in %, by KV cache budget,",
-            budgets,
-            scores,
-            table_notes.intervals(cells),
-            table_notes.bold("budget"),
-        )
-    ]
+    what, note = "Mean {} in percent of each KV cache policy on", table_notes.intervals(cells)
+    tables = [grid("score", what, budgets, budgets, scores, note)]
     if cells["difference"].notna().any():
         differences = {
             policy: [_difference(_line(cells, policy, one)) for one in budgets]
             for policy in policies
             if not is_full_cache(policy)
         }
-        caption = "Score minus that of the full cache, in points, by KV cache budget,"
-        note = table_notes.difference(cells)
-        tables.append(grid("difference", caption, budgets, differences, note))
-    parts = {part: _of_part(rows, cells, part) for part in all_parts}
+        what = "Difference in {}, in points, between each KV cache policy and the full cache on"
+        about = table_notes.difference(cells)
+        tables.append(grid("difference", what, budgets, budgets, differences, about))
+    parts = {part: _of_part(rows, cells, part) for part in sorted(set(rows["part"]) - {""})}
+    what = "Mean {} in percent of each KV cache policy on the parts of"
     for budget in budgets if parts else []:
         lines = {
             policy: [
@@ -150,10 +150,18 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame) -> list[Grid]:
             ]
             for policy in policies
         }
-        caption = f"Score in % by part at a KV cache budget of {budget}"
-        footnotes = (table_notes.intervals(cells), table_notes.bold("part"))
-        tables.append(grid(f"parts {budget}", caption, [*parts, "average"], lines, *footnotes))
+        columns = [*parts, "average"]
+        tables.append(grid(f"parts {budget}", what, [budget], columns, lines, note))
     return tables
+
+
+def _with_contests(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells, with a best one only where at least two compete."""
+    labels = zip(cells["policy"], cells["num_compressed"], strict=True)
+    competes = pd.Series([is_rival(*label) for label in labels], index=cells.index)
+    scored = competes & cells["score"].notna()
+    rivals = scored.groupby(cells["budget"]).transform("sum")
+    return cells.assign(is_best=cells["is_best"] & (rivals > 1))
 
 
 def _ranked(cells: pd.DataFrame) -> list[str]:
@@ -166,7 +174,7 @@ def _of_part(rows: pd.DataFrame, cells: pd.DataFrame, part: str) -> pd.DataFrame
     """compare_cells of one part, without the scores of cells that lack samples of any part."""
     own = compare_cells(rows[rows["part"] == part].drop(columns="num_planned"), allow_partial=True)
     shown = cells.loc[cells["score"].notna(), ["policy", "budget"]]
-    return own.merge(shown, on=["policy", "budget"])
+    return _with_contests(own.merge(shown, on=["policy", "budget"]))
 
 
 def _line(cells: pd.DataFrame, policy: str, budget: str) -> Any:
@@ -182,7 +190,7 @@ def _line(cells: pd.DataFrame, policy: str, budget: str) -> Any:
 def _score(line: Any, *, interval: bool = True) -> Entry:
     if line is None:
         return Entry(MISSING)
-    text = f"{100 * line.score:.1f}{TIE if line.ties_best else ''}"
+    text = f"{100 * line.score:.1f}{TIE if line.ties_best else ''}{_unbound(line)}"
     if interval and not pd.isna(line.score_low):
         text += f" [{100 * line.score_low:.0f}, {100 * line.score_high:.0f}]"
     return Entry(text, bold=line.is_best)
@@ -191,10 +199,16 @@ def _score(line: Any, *, interval: bool = True) -> Entry:
 def _difference(line: Any) -> Entry:
     if line is None or pd.isna(line.difference):
         return Entry(MISSING)
-    text = f"{100 * line.difference:+.1f}{DIFFERS if line.p_holm < SIGNIFICANCE else ''}"
+    mark = DIFFERS if line.p_holm < SIGNIFICANCE else ""
+    text = f"{100 * line.difference:+.1f}{mark}{_unbound(line)}"
     if not pd.isna(line.difference_low):
         text += f" [{100 * line.difference_low:+.0f}, {100 * line.difference_high:+.0f}]"
     return Entry(text.replace("-", MINUS))
+
+
+def _unbound(line: Any) -> str:
+    is_unbound = line.num_compressed == 0 and not table_notes.keeps_all(line.policy)
+    return UNBOUND if is_unbound else ""
 
 
 def _count_notes(cells: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
@@ -202,74 +216,15 @@ def _count_notes(cells: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
         yield "SAMPLE DATA: these are kvarena's own rows, not the benchmark."
     shown = cells[cells["score"].notna()]
     if len(shown):
-        documents = table_notes.span(shown["num_documents"])
-        yield f"n = {table_notes.span(shown['num_ok'])} samples ({documents} documents) per score."
+        samples = table_notes.counted(shown["num_ok"], "sample")
+        yield f"{samples} ({table_notes.counted(shown['num_documents'], 'document')}) per score."
+        yield from table_notes.too_few(shown)
+        yield from table_notes.partly_evicted(shown)
     if rows["part"].ne("").any():
         yield "Scores over several parts are means of the parts' scores."
     for line in cells[cells["num_ok"] < cells["num_planned"]].itertuples(index=False):
-        yield f"{line.policy} at {line.budget}: {line.num_ok} of {line.num_planned} samples."
-
-
-def escape_markdown(text: str) -> str:
-    """Text that GitHub shows as it is, in a table too."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", text)
-
-
-def escape_latex(text: str) -> str:
-    """Text that LaTeX sets as it is."""
-    return "".join(_LATEX.get(sign, sign) for sign in text)
-
-
-def to_markdown(grid: Grid) -> str:
-    """A caption, a GitHub table and the notes."""
-
-    def entry(one: Entry) -> str:
-        text = escape_markdown(one.text)
-        return f"**{text}**" if one.bold else text
-
-    header = ["policy", *map(escape_markdown, grid.columns)]
-    lines = [header, ["---", *["---:"] * len(grid.columns)]]
-    lines += [[escape_markdown(name), *map(entry, entries)] for name, entries in grid.lines.items()]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    notes = escape_markdown(" ".join(grid.notes))
-    return f"**{escape_markdown(grid.caption)}**\n\n{table}\n\n{notes}\n"
-
-
-def to_latex(grid: Grid) -> str:
-    """A table environment; the document loads booktabs, and graphicx for wide tables."""
-
-    def entry(one: Entry) -> str:
-        text = escape_latex(one.text)
-        return rf"\textbf{{{text}}}" if one.bold else text
-
-    def line(texts: Sequence[str]) -> str:
-        return " & ".join(texts) + r" \\"
-
-    lines = [
-        line([escape_latex(name), *map(entry, entries)]) for name, entries in grid.lines.items()
-    ]
-    if len(lines) > 1 and is_full_cache(next(iter(grid.lines))):
-        lines.insert(1, r"\midrule")
-    wide = len(grid.columns) > _WIDE
-    texts = [
-        r"\begin{table}[t]",
-        r"\centering",
-        rf"\caption{{{escape_latex(grid.caption)}}}",
-        rf"\label{{tab:{grid.name}}}",
-        *([r"\resizebox{\textwidth}{!}{%"] if wide else []),
-        rf"\begin{{tabular}}{{l{'r' * len(grid.columns)}}}",
-        r"\toprule",
-        line(["policy", *map(escape_latex, grid.columns)]),
-        r"\midrule",
-        *lines,
-        r"\bottomrule",
-        r"\end{tabular}" + ("}" if wide else ""),
-        r"\par\smallskip",
-        rf"\parbox{{\linewidth}}{{\footnotesize {escape_latex(' '.join(grid.notes))}}}",
-        r"\end{table}",
-        "",
-    ]
-    return "\n".join(texts)
+        samples = "sample" if line.num_planned == 1 else "samples"
+        yield f"{line.policy} at {line.budget}: {line.num_ok} of {line.num_planned} {samples}."
 
 
 if __name__ == "__main__":

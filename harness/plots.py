@@ -2,7 +2,8 @@
 
 Drawn with matplotlib's object API under its default settings, so neither pyplot's state nor a
 personal matplotlibrc changes a picture: the same rows give the same bytes.
-Scores are means over rows with status "ok"; a place without such a row is hatched.
+Scores are means over rows with status "ok"; a place without such a row is hatched. The score of
+forced answers is called what it is, agreement.
 """
 
 import math
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.charts import default_settings
 from kvarena.harness.comparison import is_full_cache, require_columns
+from kvarena.harness.distances import score_name
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 
@@ -57,15 +59,15 @@ def needle_heatmap(rows: pd.DataFrame, path: str | Path) -> Path:
     label = (
         "full cache" if is_full_cache(policy) and budget == "full" else f"{policy}, budget {budget}"
     )
-    mean = _scores(rows)["score"].mean()
-    title = f"{label}: {'nothing scored' if math.isnan(mean) else f'mean score {100 * mean:.0f} %'}"
+    mean, measure = _scores(rows)["score"].mean(), f"mean {score_name(rows)}"
+    title = f"{label}: {'nothing scored' if math.isnan(mean) else f'{measure} {100 * mean:.0f} %'}"
     with default_settings():
         figure = _figure(*layout.size_in)
         axes = _place(figure, 0, 0, *layout.size_in)
         _draw_grid(axes, grid, layout)
         _label_lengths(axes, lengths, layout)
         _label_depths(axes, depths, layout)
-        _colour_bar(figure, *layout.size_in)
+        _colour_bar(figure, *layout.size_in, measure)
         _headings(figure, title, f"{model}, {_counted(rows, grid)}", 6)
         return _save(figure, path, title)
 
@@ -86,7 +88,8 @@ def needle_overview(rows: pd.DataFrame, path: str | Path) -> Path:
     names_in = 0.05 * max(map(len, policies)) + 0.1  # the longest name at 45 degrees
     across, down = width + 0.25, height + names_in + 0.45
     total_width, num_lines = across * per_line - 0.25, math.ceil(len(panels) / per_line)
-    title = f"{task}: mean score by policy and depth"
+    measure = f"mean {score_name(rows)}"
+    title = f"{task}: {measure} by policy and depth"
     subtitle = f"{model}, {_counted(rows, *grids)}; bold: mean"
     with default_settings():
         figure = _figure(total_width, down * (num_lines - 1) + height)
@@ -97,7 +100,7 @@ def needle_overview(rows: pd.DataFrame, path: str | Path) -> Path:
             _label_policies(axes, policies, panel)
             _label_depths(axes, depths, layout, named=column == 0)
             axes.set_title(_budget_title(budget), fontsize=9, pad=17)
-        _colour_bar(figure, total_width, height)
+        _colour_bar(figure, total_width, height, measure)
         _headings(figure, title, subtitle, 34)
         return _save(figure, path, title)
 
@@ -236,11 +239,11 @@ def _label_policies(axes: Axes, policies: Sequence[str], panel: pd.DataFrame) ->
         axes.axvline(0.5, color="white", linewidth=4)
 
 
-def _colour_bar(figure: Figure, left_in: float, height_in: float) -> None:
+def _colour_bar(figure: Figure, left_in: float, height_in: float, measure: str) -> None:
     axes = _place(figure, left_in + 0.15, 0, 0.13, height_in)
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), "cividis"), cax=axes)
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
-    bar.set_label("mean score (%)")
+    bar.set_label(f"{measure} (%)")
     axes.tick_params(length=2)
 
 

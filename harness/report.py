@@ -8,12 +8,11 @@ import pandas as pd
 
 from kvarena.harness import plots, tables
 from kvarena.harness.comparison import CELL, compare_cells
+from kvarena.harness.distances import are_forced, distances, with_kl
 from kvarena.harness.files import file_name
 from kvarena.harness.registry import choices, load_choice
 from kvarena.harness.rows import read_rows
 from kvarena.harness.run_cell import Outcome
-
-_DISTANCES = ("kl_mean", "kl_max", "nll_difference", "attention_recall")
 
 
 def report(
@@ -32,7 +31,7 @@ def report(
         return []
     written: list[Path] = []
     for task, task_rows in rows.groupby("task"):
-        summary = compare_cells(task_rows, allow_partial=allow_partial)
+        summary = with_kl(compare_cells(task_rows, allow_partial=allow_partial), task_rows)
         tables.print_summary(summary)
         if "meta_is_sample" in task_rows and task_rows["meta_is_sample"].eq(True).any():
             print(f"SAMPLE DATA: these rows are kvarena's own, not the {task} benchmark.")
@@ -52,15 +51,10 @@ def own_summaries(task: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
     rows: of cells that may show a score, so that no average hides what is missing.
     """
-    if rows.empty:
+    if are_forced(rows):
+        return {"distances": distances(rows)}
+    if rows.empty or task not in choices("task"):  # a name that options gave: needle-2of3
         return {}
-    if task not in choices("task"):
-        columns = [name for name in _DISTANCES if name in rows.columns]
-        cells = rows[rows["status"] == "ok"].groupby(["model", "variant", "policy", "budget"])[
-            columns
-        ]
-        means = pd.concat([cells.mean(), cells.sem().add_suffix("_se")], axis=1)
-        return {"distances": means.reset_index()}
     module_name, _, class_name = load_choice("task", task)["_target_"].rpartition(".")
     summaries = getattr(import_module(module_name), class_name).summaries
     tables_by_variant = {str(variant): summaries(some) for variant, some in rows.groupby("variant")}

@@ -11,6 +11,8 @@ from matplotlib import image
 
 from kvarena.harness import charts, plots
 from kvarena.harness.comparison import compare_cells, is_full_cache
+from kvarena.harness.distances import are_forced, score_name
+from kvarena.harness.tables import counted, significant
 
 CSS_PIXELS_PER_INCH, PLOT_DPI = 96, 200
 
@@ -58,18 +60,15 @@ _RECALL = Measure(
     "Share of the full cache's attention that falls on tokens still held. Higher is better.",
 )
 _HOW_TO_READ = (
-    "Bands: 95 % intervals; dashed: full cache. Points of one budget stand a little apart."
+    "Bars: 95 % intervals; dashed: full cache, its interval pale. Points of one budget stand a "
+    "little apart."
 )
-
-
-def is_fidelity(rows: pd.DataFrame) -> bool:
-    """Whether the rows compare forced answers with the full cache's own predictions."""
-    return _has(rows, "kl_mean")
+_BRIGHT = "Bright: high {0}, dark: low {0}"
 
 
 def section_pictures(rows: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Picture]:
     """All but the heat maps by length; rows and cells are of one task, model and variant."""
-    measures = (_AGREEMENT, _KL, _RECALL) if is_fidelity(rows) else (_SCORE,)
+    measures = (_AGREEMENT, _KL, _RECALL) if are_forced(rows) else (_SCORE,)
     for measure in measures:
         if _has(rows, measure.column):
             yield from _budget_pictures(rows, cells, measure)
@@ -84,6 +83,7 @@ def length_heatmaps(rows: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Picture
     rows = _complete(rows, cells)
     if not _has(rows, plots.LENGTH, plots.DEPTH) or rows[plots.LENGTH].nunique() < 2:
         return
+    name = score_name(rows)
     for (policy, budget), own in rows.groupby(["policy", "budget"], sort=False):
         title = "full cache" if is_full_cache(str(policy)) else f"{policy}, budget {budget}"
         means = own.groupby([plots.DEPTH, plots.LENGTH], as_index=False)["score"].mean()
@@ -93,8 +93,8 @@ def length_heatmaps(rows: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Picture
         )
         with tempfile.TemporaryDirectory() as folder:
             path = plots.needle_heatmap(own, Path(folder) / "map.png")
-            reading = "Bright is a high score, dark a low one; depth 0 is the start of the text."
-            yield _png(path, title, reading, f"Heat map of the mean score. {alt}.")
+            reading = f"{_BRIGHT.format(name)}; depth 0 is the start of the text."
+            yield _png(path, title, reading, f"Heat map of the mean {name}. {alt}.")
 
 
 def _budget_pictures(
@@ -128,8 +128,8 @@ def _memory_picture(cells: pd.DataFrame, measure: Measure) -> Picture:
 
 def _bar_pictures(cells: pd.DataFrame) -> Iterator[Picture]:
     few, many = cells["slots"].min(), cells["slots"].max()
-    slots = f"{few:g} to {many:g}" if few < many else f"{many:g}"
-    beside = f"with at most {slots} sequences side by side; only times of equal numbers compare"
+    slots = f"{few:g} to {many:g} sequences" if few < many else counted(many, "sequence")
+    beside = f"with at most {slots} side by side; only times of equal numbers compare"
     for columns, title, xlabel, scale, reading in (
         (
             ["ttft_sec"],
@@ -164,6 +164,7 @@ def _needle_overviews(rows: pd.DataFrame) -> Iterator[Picture]:
     """Depth by policy, a picture per budget, so that each fits a narrow screen."""
     if not _has(rows, plots.LENGTH, plots.DEPTH):
         return
+    name = score_name(rows)
     is_full = rows["policy"].map(is_full_cache)
     for budget in rows.loc[~is_full, "budget"].unique():
         panel = rows[is_full | (rows["budget"] == budget)]
@@ -176,11 +177,12 @@ def _needle_overviews(rows: pd.DataFrame) -> Iterator[Picture]:
         with tempfile.TemporaryDirectory() as folder:
             path = plots.needle_overview(panel, Path(folder) / "overview.png")
             reading = (
-                "Bright is a high score, dark a low one, from the start of the text (depth 0) to "
-                "its end. The number above a column is the policy's mean."
+                f"{_BRIGHT.format(name)}, from the start of the text (depth 0) to its end. The "
+                "number above a column is the policy's mean."
             )
-            alt = f"Heat map, mean score in percent at depths {depths} %. {alt}."
-            yield _png(path, f"Score by needle depth, budget {budget}", reading, alt)
+            alt = f"Heat map, mean {name} in percent at depths {depths} %. {alt}."
+            title = f"{name.capitalize()} by needle depth, budget {budget}"
+            yield _png(path, title, reading, alt)
 
 
 def _complete(rows: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
@@ -198,7 +200,7 @@ def _in_words(cells: pd.DataFrame, column: str, scale: float) -> str:
     return "; ".join(
         f"{policy}: "
         + ", ".join(
-            f"{budget} " + ("no value" if pd.isna(value) else f"{scale * value:.3g}")
+            f"{budget} " + ("no value" if pd.isna(value) else significant(scale * value))
             for budget, value in zip(own["budget"], own[column], strict=True)
         )
         for policy, own in cells.groupby("policy")

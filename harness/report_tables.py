@@ -4,44 +4,27 @@ Every function gives plain values; the page's template alone turns them into HTM
 """
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from kvarena.harness.comparison import is_full_cache
+from kvarena.harness.distances import score_name
+from kvarena.harness.tables import (
+    NOTHING_EVICTED,
+    Line,
+    counted,
+    eviction_marks,
+    evictions,
+    percent,
+    percent_limits,
+    significant,
+)
 
 EXAMPLES_PER_CELL = 3
 EXAMPLE_CHARACTERS = 240
-
-HEADER = (
-    "policy",
-    "budget",
-    "score % [95 % interval]",
-    "best at its budget",
-    "samples ok / planned",
-    "difference to full, points [95 % interval]",
-    "p (Holm)",
-    "detectable, points",
-    "published, %",
-    "KV kept, MB",
-    "KV peak, MB",
-    "TTFT, s",
-    "decode, tokens/s",
-    "slots",
-)
-READING = (
-    "Difference: policy minus full cache on the same samples. p (Holm): how often chance alone "
-    "would give such a difference, corrected for the number of policies at the budget; below 0.05 "
-    "counts as a difference. Detectable: the smallest difference that this many samples would "
-    "show four times out of five. Published: what a paper reports for the same model, tasks, "
-    "policy and budget; results/published/README.md explains the grades. Tie: not significantly "
-    "below the best. Memory and times are medians, peak is the largest; times compare only between "
-    "equal slots."
-)
-
-
-Line = dict[Hashable, Any]  # a line of a frame, by column
+NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
 
 class Entry(NamedTuple):
@@ -51,28 +34,80 @@ class Entry(NamedTuple):
     sort: float | str
 
 
-def table_lines(cells: pd.DataFrame) -> list[list[Entry]]:
-    """One line per cell of `cells`, in their order, which is that of the budgets, under HEADER."""
+class Column(NamedTuple):
+    """A heading, what to know to read the column, and its entries, one per cell."""
+
+    heading: str
+    reading: str
+    entries: list[Entry]
+
+
+def table_columns(cells: pd.DataFrame) -> list[Column]:
+    """The columns of `cells`, one line each, in their order, which is that of the budgets.
+
+    cells: of one task, model and variant. A column that no line has a value for is left out.
+    """
+    lines = cells.to_dict("records")
+    notes = evictions(cells)
+    marks = notes.map(eviction_marks(notes))
+    budgets = cells["budget"].str.cat(marks, " ").str.strip()
     ranks = pd.factorize(cells["budget"])[0].tolist()
-    return [
-        [
-            Entry(line["policy"], line["policy"]),
-            Entry(line["budget"], rank),
-            _score(line),
-            _standing(line),
-            Entry(f"{line['num_ok']} / {line['num_planned']}", line["num_ok"]),
-            _interval(line, "difference", "{:+.1f}"),
-            _p_value(line["p_holm"]),
-            _number(100 * line["detectable"], 1),
-            _published(line),
-            _number(line["kv_bytes_kept"] / 1e6, 1),
-            _number(line["kv_bytes_peak"] / 1e6, 1),
-            _number(line["ttft_sec"], 3),
-            _number(line["decode_tokens_per_sec"], 1),
-            _number(line["slots"], 0),
-        ]
-        for rank, line in zip(ranks, cells.to_dict("records"), strict=True)
+    name = score_name(cells)
+
+    def column(heading: str, entry: Callable[[Line], Entry], reading: str = "") -> Column:
+        return Column(heading, reading, [entry(line) for line in lines])
+
+    columns = [
+        column("policy", lambda line: Entry(line["policy"], line["policy"])),
+        Column("budget", "", list(map(Entry, budgets, ranks))),
+        column(f"{name} % [95 % interval]", _score),
+        column(
+            "KL, nats",
+            lambda line: _number(line.get("kl_mean", math.nan), 3),
+            "KL: mean KL(full || policy) per token; lower is better.",
+        ),
+        column("best at its budget", _standing, "Tie: not significantly below the best."),
+        column("samples ok / planned", _counts),
+        column(
+            "difference to full, points [95 % interval]",
+            lambda line: _interval(line, "difference", signed=True),
+            "Difference: policy minus full cache on the same samples.",
+        ),
+        column(
+            "p (Holm)",
+            lambda line: _p_value(line["p_holm"]),
+            "p (Holm): how often chance alone would give such a difference, corrected for the "
+            "number of policies at the budget; below 0.05 counts as a difference.",
+        ),
+        column(
+            "detectable, points",
+            lambda line: _number(100 * line["detectable"], 1),
+            "Detectable: the smallest difference that this many samples would show four times out "
+            "of five.",
+        ),
+        column(
+            "published, %",
+            _published,
+            "Published: what a paper reports for the same model, tasks, policy and budget; "
+            "results/published/README.md explains the grades.",
+        ),
+        column(
+            "KV kept, MB", lambda line: _number(line["kv_bytes_kept"] / 1e6, 1), "KV kept: median."
+        ),
+        column(
+            "KV peak, MB",
+            lambda line: _number(line["kv_bytes_peak"] / 1e6, 1),
+            "KV peak: the largest.",
+        ),
+        column("TTFT, s", lambda line: _significant(line["ttft_sec"])),
+        column("decode, tokens/s", lambda line: _significant(line["decode_tokens_per_sec"])),
+        column(
+            "slots",
+            lambda line: _number(line["slots"], 0),
+            "Times are medians and compare only between equal slots.",
+        ),
     ]
+    return [one for one in columns if any(entry.text not in ("", "-") for entry in one.entries)]
 
 
 def _published(line: Line) -> Entry:
@@ -97,26 +132,27 @@ def coverage_warnings(rows: pd.DataFrame, cells: pd.DataFrame) -> Iterator[str]:
         not_run = line["num_planned"] - line["num_ok"] - sum(counts.values())
         counts |= {"not run": not_run} if not_run > 0 else {}
         lost = ", ".join(f"{number} {status}" for status, number in counts.items())
-        have = f"{line['num_ok']} of {line['num_planned']} samples"
+        have = f"{line['num_ok']} of {counted(line['num_planned'], 'sample')}"
         yield f"{line['policy']}, budget {line['budget']}: {have} ({lost})"
 
 
 def findings(cells: pd.DataFrame) -> list[dict[str, str]]:
-    """Per budget the best policy with its interval, and those that tie with it."""
+    """Per budget the best policy with its interval and those that tie with it, or why none is best.
+
+    No policy can be where each kept every token.
+    """
+    cells = cells.assign(note=evictions(cells))
     found = []
     for budget, own in cells.groupby("budget", sort=False):
         best, ties = (
-            [f"{line['policy']} {_score(line).text}" for line in own[own[flag]].to_dict("records")]
+            [_with_score(line) for line in own[own[flag]].to_dict("records")]
             for flag in ("is_best", "ties_best")
         )
         if best:
-            found.append(
-                {
-                    "budget": f"budget {budget}",
-                    "best": ", ".join(best),
-                    "ties": ", ".join(ties),
-                }
-            )
+            ties_text = f"; no significant difference to {', '.join(ties)}" if ties else ""
+            found.append({"budget": f"budget {budget}", "text": ", ".join(best) + ties_text})
+        elif own["note"].eq(NOTHING_EVICTED).all():
+            found.append({"budget": f"budget {budget}", "text": f"none, since {NOTHING_EVICTED}"})
     return found
 
 
@@ -161,16 +197,30 @@ def _number(value: float, digits: int) -> Entry:
     return Entry("-", "") if pd.isna(value) else Entry(f"{value:.{digits}f}", float(value))
 
 
+def _significant(value: float) -> Entry:
+    return Entry(significant(value), "" if pd.isna(value) else float(value))
+
+
 def _p_value(value: float) -> Entry:
     if pd.isna(value):
         return Entry("-", "")
     return Entry("< 0.001" if value < 0.001 else f"{value:.3f}", float(value))
 
 
+def _counts(line: Line) -> Entry:
+    return Entry(f"{line['num_ok']} / {line['num_planned']}", line["num_ok"])
+
+
+def _with_score(line: Line) -> str:
+    """The policy and its score, which no line of text may tear from its interval, and its note."""
+    note = f" ({line['note']})" if line["note"] else ""
+    return f"{line['policy']} {_score(line).text.replace(' ', NO_BREAK_SPACE)}{note}"
+
+
 def _score(line: Line) -> Entry:
     if line["num_ok"] < line["num_planned"] and pd.isna(line["score"]):
         return Entry("incomplete", "")
-    return _interval(line, "score", "{:.1f}")
+    return _interval(line, "score")
 
 
 def _standing(line: Line) -> Entry:
@@ -179,10 +229,10 @@ def _standing(line: Line) -> Entry:
     return Entry("tie", 1) if line["ties_best"] else Entry("", "")
 
 
-def _interval(line: Line, name: str, form: str) -> Entry:
-    """A share between 0 and 1 and its interval, in percent."""
+def _interval(line: Line, name: str, *, signed: bool = False) -> Entry:
+    """A share or a difference of shares and its interval, in percent."""
     value, low, high = (line[name + end] for end in ("", "_low", "_high"))
     if pd.isna(value):
         return Entry("-", "")
-    limits = "" if pd.isna(low) else f" [{100 * low:.0f}, {100 * high:.0f}]"
-    return Entry(form.format(100 * value) + limits, float(value))
+    text = f"{100 * value:+z.1f}" if signed else percent(value)
+    return Entry(f"{text} {percent_limits(value, low, high)}".rstrip(), float(value))

@@ -9,6 +9,8 @@ import pandas as pd
 from kvarena.harness.results import read_lines, read_manifest, read_status
 from kvarena.harness.variants import policy_labels, variants
 
+_TEXTS = ("budget", "variant", "part")  # empty ones would come back as not-a-number
+
 
 def read_rows(
     cell_paths: Iterable[Path], only: Mapping[Path, Collection[str]] | None = None
@@ -21,7 +23,10 @@ def read_rows(
     paths = list(cell_paths)
     identities = [read_manifest(path)["identity"] for path in paths]
     found = [read_lines(path) for path in paths]
-    codecs = [{row["codec"] for row in rows if row.get("status") == "ok"} for rows in found]
+    codecs = [
+        {row["codec"] for row in rows if row.get("status") == "ok" and "codec" in row}
+        for rows in found
+    ]
     labels = policy_labels(identities, codecs)
     frame = []
     for path, rows, policy, variant in zip(paths, found, labels, variants(identities), strict=True):
@@ -32,6 +37,12 @@ def read_rows(
         cell = {"policy": policy, "variant": variant, "num_planned": planned}
         frame += [_printable({**row, **cell, "reference": _as_text(row)}) for row in rows]
     return pd.DataFrame(frame)
+
+
+def recorded_rows(path: Path) -> pd.DataFrame:
+    """Rows from a CSV file that a command wrote; texts that are empty stay texts."""
+    rows = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str))
+    return rows.fillna({name: "" for name in _TEXTS if name in rows})
 
 
 def _printable(value: Any) -> Any:  # Any: JSON values

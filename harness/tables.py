@@ -1,8 +1,13 @@
 """Comparisons as tables for a screen and for Markdown, and frames as files can hold them."""
 
+import itertools
 import json
+import math
 import re
+import string
 import sys
+import textwrap
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,17 +17,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvarena.harness.comparison import SECTION
+from kvarena.harness.comparison import SECTION, is_full_cache
+from kvarena.harness.distances import score_name
 from kvarena.harness.files import replacing
 
 MAX_COLUMNS = 100
-SCORE = "score % [95 %]"
+NOTHING_EVICTED = "nothing was evicted: the budget never bound"
+_TIMES = ("TTFT s", "tok/s")
+
+Line = dict[Hashable, Any]  # a line of a frame, by column
 
 
 def print_summary(summary: pd.DataFrame, stream: TextIO | None = None) -> None:
     """Print one table per (task, model, variant): rich on a terminal, plain text elsewhere.
 
-    Plain lines are at most 100 columns wide and carry no escape codes.
+    summary: what compare_cells gives, with or without with_kl. Plain lines are at most 100 columns
+    wide and carry no escape codes.
     """
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -30,67 +40,140 @@ def print_summary(summary: pd.DataFrame, stream: TextIO | None = None) -> None:
         print("no results", file=stream)
         return
     summary = _with_texts(summary)
+    shown: set[str] = set()
     for labels, lines in summary.groupby(SECTION, sort=False):
         title = ", ".join(str(label) for label in labels if label)
+        columns = _columns(lines)
+        shown |= columns.keys()
         if stream.isatty() and encoding.lower().startswith("utf"):
-            _print_rich(title, lines, stream)
+            _print_rich(title, columns, lines["budget"].tolist(), stream)
         else:
             # A name that the stream cannot spell must not end a finished run.
-            text = _plain_table(title, lines).encode(encoding, "replace").decode(encoding)
+            text = _plain_table(title, columns).encode(encoding, "replace").decode(encoding)
             print(text, file=stream)
-    print(_footnote(summary), file=stream)
+    for note in _footnotes(summary, shown):
+        print(textwrap.fill(note, MAX_COLUMNS), file=stream)
 
 
 def _with_texts(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary with ``variant`` as texts, and ``mark`` for what notes say of a cell's budget."""
     # A column of empty texts comes back from CSV as not-a-number.
-    return summary.assign(variant=summary["variant"].astype(object).fillna(""))
+    variant = summary["variant"].astype(object).fillna("")
+    notes = evictions(summary)
+    return summary.assign(variant=variant, mark=notes.map(eviction_marks(notes)))
 
 
-def _header(lines: pd.DataFrame) -> list[str]:
+def evictions(cells: pd.DataFrame) -> pd.Series:
+    """What to say of cells whose budget did not bind in every sample; "" of all others.
+
+    Nothing is said of what keeps everything, of cells without a bound, and where rows do not tell.
+    """
+
+    def said(line: Line) -> str:
+        keeps_all = is_full_cache(line["policy"].partition("+")[0]) or line["budget"] == "full"
+        evicted, num_ok = line.get("num_compressed", math.nan), line["num_ok"]
+        if keeps_all or pd.isna(evicted) or evicted >= num_ok:
+            return ""
+        some = f"evicted in {evicted:.0f} of {counted(num_ok, 'sample')}"
+        return some if evicted else NOTHING_EVICTED
+
+    return pd.Series(map(said, cells.to_dict("records")), cells.index, dtype=object)
+
+
+def eviction_marks(notes: pd.Series) -> dict[str, str]:
+    """What evictions says, each text once -> its mark: (a), (b), ...; no text has no mark."""
+    letters = string.ascii_lowercase
+    marks = (f"({letters[place % 26] * (place // 26 + 1)})" for place in itertools.count())
+    return {"": ""} | {text: next(marks) for text in notes.unique() if text}
+
+
+def marks_in_words(notes: pd.Series) -> str:
+    """All marks with what they stand for, as a sentence; "" where there are none."""
+    words = "; ".join(f"{mark} {text}" for text, mark in eviction_marks(notes).items() if text)
+    return words and f"{words}."
+
+
+def counted(number: float, noun: str) -> str:
+    """1 sample, 2 samples."""
+    return f"{number:.0f} {noun}" + ("" if number == 1 else "s")
+
+
+def _columns(lines: pd.DataFrame) -> dict[str, list[str]]:
+    """The texts of each column by its heading, but for columns that no line has a value for."""
+    score = f"{score_name(lines)} %"
+    with_limits = bool(lines["score_low"].notna().any())
     incomplete = (lines["num_ok"] < lines["num_planned"]).any()
-    counts = ["ok/planned"] if incomplete else []
-    measures = ["KV kept MB", "KV peak MB", "TTFT s", "tok/s"]
-    return ["policy", "budget", SCORE, *counts, *measures]
-
-
-def _cell_texts(line: Any, header: list[str]) -> list[str]:
-    """The texts of one summary line. `line` is a named tuple of itertuples, hence Any."""
-    texts = {
-        "policy": line.policy,
-        "variant": line.variant,
-        "budget": line.budget,
-        SCORE: _score_text(line.score, line.score_low, line.score_high),
-        "ok/planned": f"{line.num_ok}/{line.num_planned}",
-        "KV kept MB": _number(line.kv_bytes_kept / 1e6, 1),
-        "KV peak MB": _number(line.kv_bytes_peak / 1e6, 1),
-        "TTFT s": _number(line.ttft_sec, 3),
-        "tok/s": _number(line.decode_tokens_per_sec, 1),
+    records = lines.to_dict("records")
+    columns = {
+        "policy": [line["policy"] for line in records],
+        "budget": [f"{line['budget']} {line['mark']}".rstrip() for line in records],
+        score + with_limits * " [95 %]": [_score_text(line, with_limits) for line in records],
+        "KL nats": [_number(line.get("kl_mean", math.nan), 3) for line in records],
+        "ok/planned": [
+            f"{line['num_ok']}/{line['num_planned']}" if incomplete else "-" for line in records
+        ],
+        "KV kept MB": [_number(line["kv_bytes_kept"] / 1e6, 1) for line in records],
+        "KV peak MB": [_number(line["kv_bytes_peak"] / 1e6, 1) for line in records],
+        "TTFT s": [significant(line["ttft_sec"]) for line in records],
+        "tok/s": [significant(line["decode_tokens_per_sec"]) for line in records],
     }
-    return [texts[name] for name in header]
+    return {
+        name: texts
+        for place, (name, texts) in enumerate(columns.items())
+        if place < 3 or set(texts) != {"-"}
+    }
 
 
 def _number(value: float, digits: int) -> str:
     return "-" if pd.isna(value) else f"{value:.{digits}f}"
 
 
-def _score_text(mean: float, low: float, high: float) -> str:
-    # Same width with and without the interval, so that the points stand below each other.
-    interval = "" if pd.isna(low) else f"[{100 * low:.0f}, {100 * high:.0f}]"
-    return "-" if pd.isna(mean) else f"{100 * mean:.1f} {interval:10}"
+def significant(value: float) -> str:
+    """Three significant digits and no power of ten: 0.00123, 12.3, 1234; "-" for no value."""
+    if pd.isna(value):
+        return "-"
+    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 9.999 is 10.0
+    return f"{value:.{max(0, 2 - exponent)}f}"
+
+
+def _score_text(line: Line, with_limits: bool) -> str:
+    """The score of one line; as wide with an interval as without, so that points line up."""
+    mean, low, high = (line[f"score{end}"] for end in ("", "_low", "_high"))
+    text = "-" if pd.isna(mean) else f"{percent(mean)} {percent_limits(mean, low, high):10}"
+    return text if with_limits else text.strip()
+
+
+def percent(share: float) -> str:
+    """A share in percent; 0.0 and 100.0 are nothing and all, never a rounded little or most."""
+    text = f"{100 * share:.1f}"
+    if text == "0.0" and share > 0:
+        return "<0.1"
+    return ">99.9" if text == "100.0" and share < 1 else text
+
+
+def percent_limits(mean: float, low: float, high: float) -> str:
+    """Whole percents, as in "[83, 100]", between which the mean as shown lies; "" if unknown."""
+    if pd.isna(low):
+        return ""
+    shown = round(100 * mean, 1)
+    first, last = round(100 * low), round(100 * high)
+    return f"[{first - (first > shown)}, {last + (last < shown)}]"
 
 
 def markdown(summary: pd.DataFrame) -> str:
-    """One GitHub table of one task and model: score and memory.
+    """One GitHub table of one task and model, score and memory, and below what its marks say.
 
     Times are left out: among neighbours they depend on when those read and write.
     """
     summary = _with_texts(summary)
-    variant = ["variant"] if summary["variant"].ne("").any() else []
-    header = [name for name in _header(summary) if name not in ("TTFT s", "tok/s")]
-    header[1:1] = variant
-    rows = [header, ["---" if name in ("policy", "variant") else "---:" for name in header]]
-    rows += [_cell_texts(line, header) for line in summary.itertuples(index=False)]
-    return "".join(f"| {' | '.join(text.strip() for text in row)} |\n" for row in rows)
+    columns = {name: texts for name, texts in _columns(summary).items() if name not in _TIMES}
+    variant = {"variant": summary["variant"].tolist()} if summary["variant"].any() else {}
+    columns = {"policy": columns.pop("policy")} | variant | columns
+    rules = ["---" if name in ("policy", "variant") else "---:" for name in columns]
+    rows = [list(columns), rules, *zip(*columns.values(), strict=True)]
+    table = "".join(f"| {' | '.join(text.strip() for text in row)} |\n" for row in rows)
+    notes = marks_in_words(evictions(summary))
+    return table + (f"\n{notes}\n" if notes else "")
 
 
 def _clip(text: str, width: int) -> str:
@@ -101,10 +184,9 @@ def _clip(text: str, width: int) -> str:
     return text[: width - 3 - tail] + "..." + text[len(text) - tail :]
 
 
-def _plain_table(title: str, lines: pd.DataFrame) -> str:
-    header = _header(lines)
-    table = [header] + [_cell_texts(line, header) for line in lines.itertuples(index=False)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+def _plain_table(title: str, columns: Mapping[str, Sequence[str]]) -> str:
+    table = [list(columns), *zip(*columns.values(), strict=True)]
+    widths = [max(map(len, texts)) for texts in zip(*table, strict=True)]
     widths[0] = min(widths[0], MAX_COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1))
     texts = [_clip(title, MAX_COLUMNS)]
     for row in table:
@@ -114,43 +196,47 @@ def _plain_table(title: str, lines: pd.DataFrame) -> str:
     return "\n".join(texts) + "\n"
 
 
-def _print_rich(title: str, lines: pd.DataFrame, stream: TextIO) -> None:
-    header = _header(lines)
+def _print_rich(
+    title: str, columns: Mapping[str, Sequence[str]], budgets: Sequence[str], stream: TextIO
+) -> None:
     table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     table.show_edge, table.padding = False, (0, 1, 0, 0)
-    for name in header:
+    for name in columns:
         # Units go to a second header line, which lets the table fit 80 columns as well.
-        label = re.sub(r"(?: (MB|s)$|(?<=/)(planned))", r"\n\1\2", name)
+        label = re.sub(r"(?: (MB|s|nats)$|(?<=/)(planned))", r"\n\1\2", name)
         if name == "policy":
             table.add_column(label, overflow="fold")
         else:
             table.add_column(label, justify="right", no_wrap=True)
-    last_budget = None
-    for line in lines.itertuples(index=False):
-        if last_budget not in (None, line.budget):
+    for place, row in enumerate(zip(*columns.values(), strict=True)):
+        if place and budgets[place - 1] != budgets[place]:
             table.add_section()
-        last_budget = line.budget
         # Text, not str: rich reads square brackets in a plain string as markup.
-        table.add_row(*[Text(text) for text in _cell_texts(line, header)])
+        table.add_row(*[Text(text) for text in row])
     console = Console(file=stream, highlight=False)
     # On a narrow screen the terminal may break lines; rich would leave whole columns out.
     console.width = max(console.width, MAX_COLUMNS)
     console.print(table)
 
 
-def _footnote(summary: pd.DataFrame) -> str:
-    few, many = int(summary["slots"].min()), int(summary["slots"].max())
-    slots = f"{few} to {many}" if few < many else str(many)
-    hidden = ((summary["num_ok"] > 0) & summary["score"].isna()).any()
-    lines = ["No score where samples are missing: those left are another test."] if hidden else []
-    if many == 1:
-        lines += ["TTFT and tok/s: medians, as one sequence sees them alone (slots = 1)."]
-    else:
-        lines += [
-            f"TTFT and tok/s: medians, as one sequence sees them among {slots} (slots).",
-            "They depend on when the others read and write; slots=1 shows the policy's own.",
-        ]
-    return "\n".join(lines)
+def _footnotes(summary: pd.DataFrame, shown: Collection[str]) -> Iterator[str]:
+    """What is to be said of the columns that are ``shown``, and of marks."""
+    if notes := marks_in_words(evictions(summary)):
+        yield notes
+    if "KL nats" in shown:
+        yield "Agreement: how often the policy's first choice is the full cache's."
+        yield "KL: mean KL(full || policy) per token, in nats; lower is better."
+    if ((summary["num_ok"] > 0) & summary["score"].isna()).any():
+        yield "No score where samples are missing: those left are another test."
+    times = " and ".join(name.removesuffix(" s") for name in _TIMES if name in shown)
+    if times:
+        few, many = int(summary["slots"].min()), int(summary["slots"].max())
+        slots = f"{few} to {many}" if few < many else f"{many}"
+        if many == 1:
+            yield f"{times}: medians, as one sequence sees them alone (slots = 1)."
+        else:
+            yield f"{times}: medians, as one sequence sees them among {slots} (slots)."
+            yield "They depend on when the others read and write; slots=1 shows the policy's own."
 
 
 def write_csv(frame: pd.DataFrame, path: str | Path) -> Path:

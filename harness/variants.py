@@ -5,6 +5,7 @@ averaged. ``variant`` says what differs, for all cells of a task and model alike
 is still compared with the full cache under the same settings.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -60,11 +61,32 @@ def policy_labels(
     ]
 
 
+def method_label(policy: str, codec: str) -> str:
+    """Policy and codec as they ran: ``full+kivi(window=64,bits=2)``; the policy alone without one.
+
+    policy: ``full``; codec: ``kivi(window=64,bits=4)[bits=2]``, where the brackets hold what a
+    budget in bytes settled, in place of what was asked for.
+    """
+    if codec == "none":
+        return policy
+    parts = re.fullmatch(r"([^(\[]+)(?:\((.*)\))?(?:\[([^\[\]]*)\])?", codec)
+    assert parts, f"a codec's label is name(asked)[settled], got {codec!r}"
+    name, asked, settled = parts.groups(default="")
+    options = _options(asked) | _options(settled)
+    return f"{policy}+{name}" + (f"({','.join(options.values())})" if options else "")
+
+
+def _options(text: str) -> dict[str, str]:
+    """The options in "bits=4,levels=[1, 2]" by name; a comma inside brackets parts nothing."""
+    parts = re.split(r",(?![^\[]*\])", text) if text else []
+    return {part.partition("=")[0]: part for part in parts}
+
+
 def _method(identity: Mapping[str, Any], codecs_used: Collection[str]) -> str:
     """The policy's name, and the codec's if there is one."""
-    policy, asked = identity["policy"]["name"], identity.get("codec", {}).get("name", "none")
-    codec = "/".join(sorted(codecs_used)) or asked
-    return str(policy) if codec == "none" else f"{policy}+{codec}"
+    policy, asked = str(identity["policy"]["name"]), identity.get("codec", {}).get("name", "none")
+    first, *others = sorted(method_label(policy, codec) for codec in codecs_used or [asked])
+    return "/".join([first, *(label.removeprefix(f"{policy}+") for label in others)])
 
 
 def _definition(identity: Mapping[str, Any], kind: str) -> list[Any]:  # Any: JSON values

@@ -111,6 +111,7 @@ class Policy(ABC):
 
     sinks: the first so many tokens of the text are never evicted.
     recent: the newest so many tokens are never evicted.
+    In a layer with a sliding window, what the window hides for good goes first even so.
     """
 
     # Per-token float32 columns that travel with the tokens; they start at 0 for a new token.

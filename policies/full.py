@@ -1,4 +1,4 @@
-"""Full cache: nothing is ever evicted, whatever the budget. All policies are held against it.
+"""Full cache: nothing is ever evicted, whatever the budget; all policies are held against it.
 
 Method: dense attention over every token. Paper: "Attention Is All You Need",
 https://arxiv.org/abs/1706.03762.
@@ -16,7 +16,7 @@ from kvarena.policies.base import LayerView, Policy
 
 @dataclass(kw_only=True)
 class Full(Policy):
-    """Keeps everything."""
+    """Keeps everything, so ``sinks`` and ``recent`` change nothing."""
 
     evicts: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""H2O: keep the heavy hitters, the tokens with the most attention so far, and the newest tokens.
+"""H2O: keep the tokens with the most attention so far, the heavy hitters, and the newest ones.
 
 Each token carries the sum of the softmax weights that all queries since its arrival gave it, per KV
 head (summed over the query heads that share it). Half the budget goes to heavy hitters, half to the

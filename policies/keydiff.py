@@ -5,8 +5,12 @@ attention score is needed, so any attention kernel can be used.
 Paper: "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
 Resource-Constrained Environments", https://arxiv.org/abs/2504.15364.
 
-Differs from the paper: nothing. Its Eq. (8) averages L2-normalised keys, its experiments (section
-3.2) average raw keys: ``anchor`` offers both, and the median and pairwise variants of its Table 15.
+Its Eq. (8) averages L2-normalised keys, its experiments (section 3.2) average raw keys: ``anchor``
+offers both, and the median and pairwise variants of its Table 15.
+
+Differs from the paper: nothing in the rule, which protects no token, neither first nor newest ones.
+The paper's Math-500 runs use a variant that also keeps a sliding window of the newest tokens; set
+``recent`` for it (which share of the budget the authors took is not known here).
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""L2 norm: keep the keys with the lowest L2 norm, which tend to receive the most attention.
+"""L2 norm: keep the keys with the lowest L2 norm, which tend to get the most attention.
 
 Paper: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
 https://arxiv.org/abs/2406.11430.

@@ -10,7 +10,9 @@ knows the question, is ``question=first`` with heads trained by ``train_locret -
 Differs from the paper: keys stay at their original positions, where the paper gives the kept tokens
 new contiguous ones before each pass; heads keep different tokens, so every stored key of every head
 would have to be rotated again in each pass. Eviction goes on while decoding. The stabilizers are a
-share of the budget, and they protect the end of the prompt as well, the paper's local tokens.
+share of the budget (the paper: 2500 tokens of 6000 or 16 384), and they protect the end of the
+prompt as well, where the paper has 100 local tokens that it never evicts. Heads made by ``make
+train-locret`` are narrower (d_R 64, the released ones 1024), see harness/train_locret.py.
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,17 @@
 """SnapKV: keep what the last queries look at, its neighbourhood, and the window they came from.
 
-The attention of the last ``window`` queries is summed per key, averaged over the query heads that
-share a KV head, and pooled over neighbouring positions; the window itself always stays.
+The attention of the last ``window`` queries is summed per key and pooled over neighbouring
+positions in each query head, then averaged over the query heads that share a KV head; the window
+itself always stays.
 Paper: "SnapKV: LLM Knows What You are Looking for Before Generation",
 https://arxiv.org/abs/2404.14469. Defaults: the authors' LongBench configuration (window 32, kernel
 7, max pooling); their class defaults are 64, 5, avg.
 
 Differs from the paper: the window is the end of each chunk, so selection happens once per chunk and
-not once per prompt; and eviction goes on while decoding, where a pass has one query.
+not once per prompt; and eviction goes on while decoding, where a pass has one query and only that
+one votes. The released code repeats keys and values for every query head, and each keeps a set of
+its own, in as many times the memory as there are query heads to a KV head; here a KV head keeps one
+set, by the mean over its query heads, as kvpress does.
 """
 
 from dataclasses import dataclass
@@ -46,10 +50,11 @@ class SnapKV(Policy):
     def score(self, view: LayerView) -> Tensor:
         assert view.attention is not None, "the engine hands over what needs asks for"
         S, K, T = view.positions.shape
-        votes = view.attention.sum(dim=-2).view(S, K, -1, T).mean(dim=2)  # [S, K, T]
+        votes = view.attention.sum(dim=-2).view(S, K, -1, T)  # of each query head
         ranks = view.text_ranks
-        votes = torch.empty_like(votes).scatter_(-1, ranks, votes)  # in the order of the text
+        places = ranks.unsqueeze(2).expand_as(votes)  # in the order of the text
+        votes = torch.empty_like(votes).scatter_(-1, places, votes).flatten(1, 2)  # [S, H, T]
         votes[..., -self.window :] = 0  # the window is kept anyway and must not lift its neighbours
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
         pooled = pool(votes, self.kernel, stride=1, padding=self.kernel // 2)
-        return pooled.gather(-1, ranks)
+        return pooled.view(S, K, -1, T).mean(dim=2).gather(-1, ranks)

@@ -4,8 +4,9 @@ Positions are ranks inside the cache, so the kept tokens look like one unbroken 
 Paper: "Efficient Streaming Language Models with Attention Sinks",
 https://arxiv.org/abs/2309.17453.
 
-Differs from the paper: nothing by default. ``reindex=false`` keeps the original positions, as many
-re-implementations do.
+Differs from the paper: a prompt comes in chunks and not token by token, so a query also sees the
+tokens of its chunk before it: up to budget and chunk in all. ``reindex=false`` keeps the original
+positions, as many re-implementations do.
 """
 
 from dataclasses import dataclass

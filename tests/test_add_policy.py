@@ -21,7 +21,7 @@ import kvarena.tasks
 from toy_folder import toy_overrides
 
 TESTS = Path(__file__).parent
-COPIED_TESTS = ("test_policies", "test_engine", "test_replay")
+COPIED_TESTS = ("test_policies", "test_engine", "test_replay", "test_check_policy")
 POLICY = '''
 """Middle out: tokens in the middle of the kept text go first.
 
@@ -51,18 +51,36 @@ sinks: 0      # first tokens of the text that are never evicted
 recent: 0     # newest tokens that are never evicted
 centre: 0.5   # 0: the first kept token, 1: the last
 """
+# A file that does not even import.
+BROKEN = """
+from kvarena.policies.base import Policy
+
+
+class Broken(Polcy):
+    pass
+"""
 SCRIPT = """
 import json, sys
+from contextlib import redirect_stdout
 from pathlib import Path
 import pytest
 from kvarena.harness import registry, run
+from kvarena.harness.testing import check_policy
 
 here = Path(sys.argv[1])
 built = registry.build(registry.load_choice("policy", "middle_out"))
 known = {"choices": registry.choices("policy"), "class": type(built).__name__,
          "file": registry.__file__, "options": vars(built)}
 (here / "known.json").write_text(json.dumps(known))
-sys.argv = ["kvarena", "-m", *sys.argv[2:], "policy=glob(m*)", "policy.centre=0.5,0.6"]
+arguments = sys.argv[2:]
+for name in ("middle_out", "broken"):
+    sys.argv = ["check_policy", name]
+    with (here / f"{name}.txt").open("w") as said, redirect_stdout(said):
+        try:
+            check_policy.main()
+        except SystemExit as stop:
+            print("exit code", stop.code)
+sys.argv = ["kvarena", "-m", *arguments, "policy=glob(m*)", "policy.centre=0.5,0.6"]
 run.main()
 sys.exit(pytest.main([str(here / "tests"), "-k", "middle_out", "-p", "no:cacheprovider",
                       f"--junitxml={here / 'tests.xml'}"]))
@@ -80,9 +98,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(module.__path__[0], package / name, ignore=no_caches)
     (package / "policies" / "middle_out.py").write_text(POLICY.lstrip())
     (package / "conf" / "policy" / "middle_out.yaml").write_text(YAML.lstrip())
+    (package / "policies" / "broken.py").write_text(BROKEN.lstrip())
+    broken = "_target_: kvarena.policies.broken.Broken\n"
+    (package / "conf" / "policy" / "broken.yaml").write_text(broken)
 
     (folder / "tests").mkdir()
-    for name in (*COPIED_TESTS, "toys", "oracle", "conftest"):
+    for name in (*COPIED_TESTS, "toys", "conftest"):
         shutil.copy(TESTS / f"{name}.py", folder / "tests")
     shutil.copy(TESTS.parent / "pyproject.toml", folder)
 
@@ -109,6 +130,21 @@ def test_it_is_listed_and_built(site: Path) -> None:
     assert "middle_out" in known(site)["choices"]
     assert known(site)["class"] == "MiddleOut"
     assert known(site)["options"] == {"sinks": 0, "recent": 0, "centre": 0.5}
+
+
+def test_it_keeps_what_the_engine_relies_on(site: Path) -> None:
+    lines = (site / "middle_out.txt").read_text().splitlines()
+    assert [line for line in lines[:-2] if not line.startswith("ok ")] == []
+    assert lines[-2:] == ["11 ok", "exit code 0"]
+
+
+def test_a_file_that_does_not_import_is_told_with_its_line(site: Path) -> None:
+    first, *others = (site / "broken.txt").read_text().splitlines()
+    assert first == (
+        "FAILED   import         NameError: name 'Polcy' is not defined; wanted: a file that "
+        "imports; look at site/kvarena/policies/broken.py:4"
+    )
+    assert others == ["1 FAILED", "exit code 1"]
 
 
 def test_the_command_line_sweeps_it_and_its_option(site: Path) -> None:

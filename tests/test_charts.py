@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -16,6 +17,7 @@ from kvarena.harness.charts import (
     by_budget_kind,
     memory_chart,
     pareto_front,
+    score_chart,
 )
 from kvarena.harness.policy_styles import policy_style
 
@@ -100,17 +102,96 @@ def test_points_of_one_budget_stand_apart_but_near_their_budget(figures: list[Fi
     np.testing.assert_allclose([h2o[0], tova[0], tova[1]], [256, 256, 512], rtol=0.03)
 
 
-def test_intervals_are_drawn_as_upright_lines_and_as_a_band(figures: list[Figure]) -> None:
+def test_intervals_are_error_bars_and_only_the_full_cache_has_a_band(
+    figures: list[Figure],
+) -> None:
     draw_by_budget(TWO)
-    uprights, bands = {}, {}
-    for collection in figures[0].axes[0].collections:
-        colour = to_hex(collection.get_edgecolor()[0] if collection.get_edgecolor().size else 0)
-        points = [path.vertices[:, 1] for path in collection.get_paths()]
-        kind = uprights if type(collection).__name__ == "LineCollection" else bands
-        kind[colour] = points
+    axes = figures[0].axes[0]
+    uprights = {
+        to_hex(collection.get_edgecolor()[0]): [path.vertices[:, 1] for path in paths]
+        for collection in axes.collections
+        if (paths := collection.get_paths()) and type(collection).__name__ == "LineCollection"
+    }
     ours = policy_style("tova").colour.lower()
     np.testing.assert_allclose(uprights[ours], [[20, 40], [40, 60], [60, 80]])
-    assert any(min(map(min, band)) == 20 and max(map(max, band)) == 80 for band in bands.values())
+    assert len(axes.collections) == len(uprights) == 2
+    ends = [line for line in axes.lines if line.get_marker() == "_"]
+    assert [heights(line) for line in ends if to_hex(line.get_color()) == ours] == [
+        [20, 40, 60],
+        [40, 60, 80],
+    ]
+    (band,) = axes.patches
+    assert to_hex(band.get_facecolor()) == policy_style("full").colour.lower()
+
+
+@pytest.mark.parametrize("score", [0.0, NAN])
+def test_an_axis_of_zeros_alone_ends_at_a_hundred(figures: list[Figure], score: float) -> None:
+    cells = make_cells({("tova", "256"): score, ("tova", "512"): score}, full=score)
+    draw_by_budget(cells)
+    memory_chart(cells, "score (%)")
+    budget_chart(by_budget_kind(cells)["tokens"], "tokens", "KL (nats)", 1)
+    bottoms, tops = zip(*(figure.axes[0].get_ylim() for figure in figures), strict=True)
+    np.testing.assert_allclose(tops, [100, 100, 1], rtol=0.05)
+    np.testing.assert_allclose(bottoms, np.multiply(tops, -0.03))
+
+
+def test_an_axis_of_small_scores_keeps_to_them(figures: list[Figure]) -> None:
+    draw_by_budget(make_cells({("tova", "256"): 0.0, ("tova", "512"): 0.1}, full=0.2))
+    assert 30 <= figures[0].axes[0].get_ylim()[1] < 40
+
+
+DOTS = make_cells(
+    {
+        ("h2o", "2MB"): 0.2,
+        ("keydiff+kivi(bits=4)", "2MB"): 0.8,
+        ("tova", "2MB"): 0.8,
+        ("tova", "1MB"): 0.3,
+        ("snapkv", "2MB"): NAN,
+    }
+)
+BESIDE = {"tokens kept": ["12", "34", "56", "78", "90", "-"], "bits": list("abcdef")}
+
+
+def test_dots_stand_by_budget_the_best_first_with_texts_beside(figures: list[Figure]) -> None:
+    score_chart(DOTS, "score (%)", BESIDE)
+    axes = figures[0].axes[0]
+    assert tick_labels(figures[0], "y") == ["tova", "keydiff+kivi(bits=4)", "tova", "h2o", "full"]
+    places = axes.get_yticks()
+    assert places.tolist() == sorted(places)
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # downwards
+    texts = {(text.get_text(), text.xy[1]) for text in axes.texts}
+    assert {
+        (text, place) for text, place in zip(["78", "34", "56", "12", "-"], places, strict=True)
+    } <= texts
+    assert {text for text, _ in texts if text[:6] in ("budget", "full c")} == {
+        "budget 1MB",
+        "budget 2MB",
+        "full cache",
+    }
+    assert "90" not in {text for text, _ in texts}  # a cell without a score has no dot
+    dots = {round(float(line.get_ydata()[0]), 1): float(line.get_xdata()[0]) for line in axes.lines}
+    np.testing.assert_allclose([dots[round(place, 1)] for place in places], [30, 80, 80, 20, 90])
+    np.testing.assert_allclose(axes.get_xlim(), [-2, 102])
+
+
+def test_dots_have_their_interval_and_the_style_of_their_policy(figures: list[Figure]) -> None:
+    score_chart(DOTS, "score (%)", BESIDE)
+    axes = figures[0].axes[0]
+    place = axes.get_yticks()[tick_labels(figures[0], "y").index("keydiff+kivi(bits=4)")]
+    spans = [
+        path.vertices
+        for collection in axes.collections
+        for path in collection.get_paths()
+        if path.vertices[0, 1] == place
+    ]
+    np.testing.assert_allclose(spans[0], [[70, place], [90, place]])
+    dot = [line for line in axes.lines if line.get_ydata()[0] == place][-1]
+    style = policy_style("keydiff+kivi(bits=4)")
+    assert (dot.get_color(), dot.get_marker(), dot.get_fillstyle()) == (
+        style.colour,
+        style.marker,
+        style.fill,
+    )
 
 
 def test_a_cell_without_a_score_breaks_its_line(figures: list[Figure]) -> None:
@@ -177,7 +258,12 @@ def test_a_second_column_is_a_pale_bar_behind_the_first(figures: list[Figure]) -
     pale, solid = figures[0].axes[0].patches
     assert (pale.get_width(), solid.get_width()) == (1.5, 1.0)
     assert pale.get_alpha() < 0.5
-    assert "1 / 1.5" in [text.get_text() for text in figures[0].axes[0].texts]
+    assert "1.00 / 1.50" in [text.get_text() for text in figures[0].axes[0].texts]
+
+
+def test_large_values_are_written_without_powers_of_ten(figures: list[Figure]) -> None:
+    bar_chart(make_cells({}), ["kv_bytes_kept", "kv_bytes_peak"], "kB", 1e-3)
+    assert "1000 / 1500" in [text.get_text() for text in figures[0].axes[0].texts]
 
 
 def all_charts(cells: pd.DataFrame) -> Sequence[bytes]:
@@ -185,6 +271,7 @@ def all_charts(cells: pd.DataFrame) -> Sequence[bytes]:
         draw_by_budget(cells),
         memory_chart(cells, "score (%)"),
         bar_chart(cells, ["kv_bytes_kept", "kv_bytes_peak"], "MB"),
+        score_chart(cells, "score (%)", {"MB": (cells["kv_bytes_kept"] / 1e6).astype(str)}),
     ]
 
 

@@ -14,7 +14,10 @@ from kvarena.codecs.bits import pack, power_of_two, unpack
 from kvarena.codecs.kivi import KIVI, KIVIBlock
 from kvarena.codecs.kvcomp import KVComp, deflate, inflate
 from kvarena.codecs.zipcache import ZipCache, ZipCacheBlock
+from kvarena.harness.engine import Engine
 from kvarena.harness.registry import build, choices, load_choice
+from kvarena.policies.full import Full
+from toys import toy_model, toy_prompt
 
 GROUP = 4  # channels of a value that share a scale in KIVI
 CODECS = {
@@ -367,6 +370,29 @@ def test_kivi_holds_codes_and_two_float16_per_group() -> None:
     assert block.nbytes == codes + 4 * (key_groups + value_groups) + 2
 
 
+def test_kivi_starts_at_its_authors_4_bits_for_shared_heads_and_may_settle_at_2() -> None:
+    assert KIVI() == KIVI(bits=4)
+    assert KIVI().coarser() == KIVI(bits=2)
+    assert KIVI(bits=2).coarser() is None
+
+
+@pytest.mark.parametrize(
+    ("codec", "fewest", "most"), [(KIVI(), 128, 159), (KVComp(), 128, 191), (ZipCache(), 128, 255)]
+)
+def test_as_many_tokens_stay_exact_as_the_docstring_says(
+    codec: Codec, fewest: int, most: int
+) -> None:
+    engine = Engine(toy_model(), Full(), codec=codec, chunk_tokens=32, slots=1)
+    counts: list[int] = []  # of exact tokens, after every pass
+
+    def count(_: int) -> None:
+        counts.extend(engine.layers[0]._num_exact[0][:1])
+
+    next(engine.generate([toy_prompt(420)], max_new_tokens=260, on_pass=count))
+    since_coding = counts[420 // 32 :]
+    assert (min(since_coding), max(since_coding)) == (fewest, most)
+
+
 def test_zipcache_holds_two_precisions_and_few_scales() -> None:
     block = ZipCache(salient=0.5).encode(*tokens(dim=64))
     codes = 2 * M * 64 * (R // 2) * (4 + 2) // 8
@@ -390,7 +416,7 @@ def test_kvcomp_takes_fewer_bytes_than_fixed_bits_where_codes_are_skewed() -> No
 
 @pytest.mark.parametrize(
     "codec",
-    [KIVI(bits=4), ZipCache(salient=1.0), KVComp(rel_k=0.02, rel_v=0.02)],
+    [KIVI(), ZipCache(salient=1.0), KVComp(rel_k=0.02, rel_v=0.02)],
     ids=["kivi", "zipcache", "kvcomp"],
 )
 def test_each_coarser_step_takes_fewer_bytes_until_there_is_none(codec: Codec) -> None:

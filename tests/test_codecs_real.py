@@ -147,8 +147,8 @@ CODECS: dict[str, Callable[[], Codec]] = {
     "zipcache 60 %, one block": lambda: ZipCache(block=PROMPT, window=0),
     "zipcache 4 bit, one block": lambda: ZipCache(block=PROMPT, window=0, salient=1.0),
     "kvcomp": KVComp,
-    "kivi 4 bit": lambda: KIVI(bits=4),
-    "kivi 2 bit": KIVI,
+    "kivi 4 bit": KIVI,
+    "kivi 2 bit": lambda: KIVI(bits=2),
 }
 
 

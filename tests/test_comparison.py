@@ -359,6 +359,60 @@ def test_cells_without_a_score_are_neither_best_nor_ties() -> None:
     assert not line_of(table, "tova").ties_best
 
 
+def test_a_cell_in_which_nothing_was_evicted_is_never_the_best_that_evicts() -> None:
+    rows = cells(full=[1.0] * 6, h2o=[1.0] * 6, keydiff=[0.9] * 6, tova=[0.9] * 5 + [0.8])
+    rows["compressed"] = rows["policy"].isin(["keydiff", "tova"])
+    table = compare_cells(rows).set_index("policy")
+    assert table.num_compressed.to_dict() == {"full": 0, "h2o": 0, "keydiff": 6, "tova": 6}
+    assert table.is_best.to_dict() == dict.fromkeys(table.index, False) | {"keydiff": True}
+    assert table.ties_best.to_dict() == dict.fromkeys(table.index, False) | {"tova": True}
+    nothing = compare_cells(rows[~rows["compressed"]])
+    assert not nothing[["is_best", "ties_best"]].any(axis=None)
+
+
+def test_one_sample_in_which_something_was_evicted_makes_a_rival() -> None:
+    rows = cells(h2o=[1.0, 1.0], keydiff=[0.5, 0.5]).assign(compressed=[False, True, True, True])
+    line = line_of(compare_cells(rows), "h2o")
+    assert (line.num_compressed, line.is_best) == (1, True)
+
+
+def test_cells_without_eviction_need_not_answer_the_samples_of_the_rivals() -> None:
+    rows = cells(h2o=[1.0], keydiff=[0.5, 0.5], tova=[0.4, 0.4])
+    rows["compressed"] = rows["policy"] != "h2o"
+    assert line_of(compare_cells(rows), "keydiff").is_best
+
+
+@pytest.mark.parametrize("unknown", [None, [True, math.nan], [None, None], [pd.NA, False]])
+def test_rows_that_do_not_say_what_was_evicted_count_as_before(unknown: Any) -> None:
+    rows = cell([1.0, 1.0])
+    line = compare_cells(rows if unknown is None else rows.assign(compressed=unknown)).iloc[0]
+    assert math.isnan(line.num_compressed)
+    assert line.is_best
+
+
+def test_only_rows_that_count_tell_what_was_evicted() -> None:
+    changes = [{"compressed": True}, {"compressed": False}, {"status": "oom"}]
+    line = compare_cells(make_rows(*changes), allow_partial=True).iloc[0]
+    assert line.num_compressed == 1
+    failed = compare_cells(make_rows({"status": "oom", "compressed": False})).iloc[0]
+    assert math.isnan(failed.num_compressed)
+
+
+@pytest.mark.parametrize(
+    ("label", "rival"),
+    [
+        ("full+kivi(bits=4)", True),
+        ("h2o(recent=32)+kvcomp[relative_bound_k=0.1]", True),
+        ("h2o", False),
+        ("h2o(scale=1e+5)", False),
+        ("full", False),
+    ],
+)
+def test_a_codec_saves_bytes_without_eviction(label: str, rival: bool) -> None:
+    line = compare_cells(cell([1.0, 1.0], policy=label).assign(compressed=False)).iloc[0]
+    assert line.is_best == rival
+
+
 # ---- every two policies ----
 
 

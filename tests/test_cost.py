@@ -38,7 +38,7 @@ MOST_PER_TOKEN = {
     "h2o": 1,
     "tova": 1,
     "keydiff": 6,
-    "snapkv": 15,  # counting ranks takes 9 of them
+    "snapkv": 18,  # counting ranks takes 9 of them, pooling 4 for each of the two query heads
 }
 ANY_OTHER = D / 2
 

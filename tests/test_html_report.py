@@ -3,7 +3,10 @@
 import base64
 import json
 import re
+import shutil
+import subprocess
 import sys
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,9 @@ import pytest
 
 from kvarena.harness import html_report
 from kvarena.harness.comparison import compare_cells
+from kvarena.harness.distances import with_kl
 from kvarena.harness.html_report import render, write_report
 from kvarena.harness.report_provenance import describe_cells
-from kvarena.harness.report_tables import HEADER
 
 EVIL = "</td><script>alert(1)</script>&$x$\"'"
 NOTHING: dict[str, Any] = {"header": [], "lines": [], "environments": {}, "commands": {}}
@@ -91,7 +94,8 @@ def make_rows(task: str = "qa", **columns: Any) -> pd.DataFrame:
 
 
 def page_of(rows: pd.DataFrame, **more: Any) -> Page:
-    return Page(render(rows, compare_cells(rows), more.pop("provenance", NOTHING), **more))
+    cells = with_kl(compare_cells(rows), rows)
+    return Page(render(rows, cells, more.pop("provenance", NOTHING), **more))
 
 
 def line_of(page: Page, policy: str, budget: str, table: int = 0) -> dict[str, str]:
@@ -176,8 +180,8 @@ def test_markup_in_a_manifest_is_shown_and_not_run(rows: pd.DataFrame) -> None:
 def test_every_picture_says_in_words_what_it_shows(page: Page) -> None:
     pictures = page.all("img")
     assert len(pictures) == 5
-    assert "h2o: 256 35, 512 35; tova: 256 60, 512 60" in pictures[0]["alt"]
-    assert "full: full 85" in pictures[0]["alt"]
+    assert "h2o: 256 35.0, 512 35.0; tova: 256 60.0, 512 60.0" in pictures[0]["alt"]
+    assert "full: full 85.0" in pictures[0]["alt"]
     assert "h2o: 256 2.56, 512 5.12" in pictures[1]["alt"]
     titles = ["Score by budget (tokens)", "Score by memory kept", "Time to first token"]
     assert all(title in page.text for title in [*titles, "Decoding speed", "KV cache memory"])
@@ -190,11 +194,11 @@ def test_the_table_holds_score_interval_difference_and_standing(page: Page) -> N
     assert line["best at its budget"] == "best"
     assert line["samples ok / planned"] == "4 / 4"
     assert line["KV kept, MB"] == "2.6"
-    assert line["TTFT, s"] == "1.500"
+    assert line["TTFT, s"] == "1.50"
+    assert line["decode, tokens/s"] == "20.0"
     assert 0 < float(line["p (Holm)"]) <= 1
     full = line_of(page, "full", "full")
     assert full["difference to full, points [95 % interval]"] == full["p (Holm)"] == "-"
-    assert full["detectable, points"] == "-"
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -211,11 +215,26 @@ def test_a_published_figure_stands_beside_the_cell_it_matches(rows: pd.DataFrame
     page = Page(render(rows, cells, NOTHING))
     assert line_of(page, "tova", "256")["published, %"] == "51.2 (P, 1, grade A)"
     assert line_of(page, "tova", "512")["published, %"] == "-"
+    assert "Published: what a paper reports" in page.text
+
+
+def test_a_column_without_any_value_is_left_out(page: Page) -> None:
+    header = page.tables[0][0]
+    assert "published, %" not in header
+    assert "Published" not in page.text
+    alone = make_rows()
+    alone = page_of(alone[alone["policy"] == "tova"].assign(decode_tokens_per_sec=None))
+    left_out = {"p (Holm)", "decode, tokens/s"}
+    assert not left_out & set(alone.tables[0][0])
+    assert left_out < set(header)
+    assert "p (Holm)" in page.text
+    assert "p (Holm)" not in alone.text
 
 
 def test_the_table_sorts_by_numbers_and_budgets_by_size(page: Page) -> None:
     cells = [a["data-sort"] for tag, a in page.elements if tag in ("td", "th") and "data-sort" in a]
-    lines = [cells[i : i + len(HEADER)] for i in range(0, len(cells), len(HEADER))]
+    width = len(page.tables[0][0])
+    lines = [cells[i : i + width] for i in range(0, len(cells), width)]
     assert [line[1] for line in lines] == ["0", "0", "1", "1", "2"]
     assert [float(line[2]) for line in lines] == pytest.approx([0.6, 0.35, 0.6, 0.35, 0.85])
     assert lines[-1][6] == ""  # unknown, which the script puts last
@@ -244,7 +263,7 @@ def test_an_incomplete_cell_is_named_and_has_no_score_anywhere() -> None:
     assert line["score % [95 % interval]"] == "incomplete"
     assert line["best at its budget"] == ""
     assert "budget 256: h2o" in page.text
-    assert "tova: 256 no value, 512 60" in page.all("img")[0]["alt"]
+    assert "tova: 256 no value, 512 60.0" in page.all("img")[0]["alt"]
     assert "no answer: oom" in page.text
 
 
@@ -290,7 +309,12 @@ def test_fidelity_shows_distances_and_no_answers() -> None:
     page = page_of(rows)
     assert "Top-1 agreement by budget" in page.text
     words = " ".join(picture["alt"] for picture in page.all("img"))
-    assert "h2o: 256 1.3, 512 1.3" in words  # 2 * (1 - 0.35) nats
+    assert "h2o: 256 1.30, 512 1.30" in words  # 2 * (1 - 0.35) nats
+    line = line_of(page, "h2o", "256")
+    assert line["agreement % [95 % interval]"].startswith("35.0 [")
+    assert line["KL, nats"] == "1.300"
+    assert "Best policy at each budget (agreement in %)" in page.text
+    assert "score" not in page.text.split("All cells")[1]
     assert "Attention recall by budget" in page.text
     assert "Example answers" not in page.text
 
@@ -315,6 +339,113 @@ def test_needle_rows_get_heat_maps_of_complete_cells_only() -> None:
     assert len(by_length) == 4
 
 
+def test_heat_maps_of_forced_answers_say_agreement() -> None:
+    short = make_rows("fidelity-needle", meta_length_target=1000, kl_mean=0.5)
+    short["meta_depth_target"] = short["sample_id"].map({"s0": 0, "s1": 50, "s2": 100, "s3": 100})
+    longer = short.assign(meta_length_target=2000, sample_id=short["sample_id"] + "-2000")
+    page = page_of(pd.concat([short, longer], ignore_index=True).assign(num_planned=8))
+    maps = [picture["alt"] for picture in page.all("img") if "Heat map" in picture["alt"]]
+    assert len(maps) == 2 + 5
+    assert all("mean agreement" in alt for alt in maps)
+    assert "Agreement by needle depth, budget 256" in page.text
+    assert "high agreement" in page.text
+    assert "high score" not in page.text
+
+
+NEVER = "nothing was evicted: the budget never bound"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_budget_that_never_bound_is_marked_and_has_no_best_policy() -> None:
+    rows = make_rows()
+    rows["compressed"] = ~rows["budget"].isin(["512", "full"])
+    page = page_of(rows)
+    assert line_of(page, "tova", "512 (a)")["best at its budget"] == ""
+    assert line_of(page, "tova", "256")["best at its budget"] == "best"
+    assert f"budget 512: none, since {NEVER}" in page.text
+    assert f"(a) {NEVER}." in page.text
+    assert "budget full" not in page.text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_budget_that_bound_in_some_samples_says_in_how_many() -> None:
+    rows = make_rows()
+    rows["compressed"] = rows["sample_id"].isin(["s0", "s1", "s2"]) & (rows["budget"] != "full")
+    page = page_of(rows)
+    assert line_of(page, "h2o", "256 (a)")
+    assert re.search(r"budget 256: tova 60\.0 \[.*?\] \(evicted in 3 of 4 samples\)", page.text)
+    assert "(a) evicted in 3 of 4 samples." in page.text
+    assert NEVER not in page.text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_where_every_sample_lost_something_nothing_is_marked() -> None:
+    rows = make_rows()
+    text = page_of(rows.assign(compressed=rows["policy"] != "full")).text
+    assert "(a)" not in text
+    assert "evicted" not in text
+    coded = rows.assign(compressed=False, policy=rows["policy"].replace("h2o", "full+kivi(bits=2)"))
+    assert line_of(page_of(coded), "full+kivi(bits=2)", "256")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_one_cell_and_one_sample_are_singular() -> None:
+    rows = make_rows()
+    page = page_of(rows[rows["policy"] == "full"].head(1).assign(num_planned=1))
+    assert "1 cell, 1 sample." in page.text
+
+
+def rules_of(css: str, selector: str) -> str:
+    """The declarations of all rules whose selectors include this one."""
+    found = re.findall(r"([^{}]+)\{([^{}]*)\}", css)
+    return ";".join(
+        rule for names, rule in found if selector in re.split(r"\s*,\s*", names.strip())
+    )
+
+
+def test_no_rule_lets_a_policys_name_break() -> None:
+    css = (Path(html_report.__file__).parent / "report_page" / "style.css").read_text()
+    screen = css.partition("@media print")[0]
+    for selector in (".sortable th:first-child", ".sortable", ".answers th"):
+        assert "anywhere" not in rules_of(screen, selector)
+    for selector in (".sortable", ".answers th"):
+        assert "white-space: nowrap" in rules_of(screen, selector)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_browser_keeps_names_on_one_line(tmp_path: Path, width: int) -> None:
+    names = {"h2o": "streaming_llm+kivi(window=64,bits=4)", "tova": "streaming_llm"}
+    rows = make_rows().replace({"policy": names})
+    page = render(rows, compare_cells(rows), NOTHING).replace("<details>", "<details open>")
+    # A window is never as narrow as a telephone; a frame is.
+    frame = f'<iframe id="frame" width="{width}" height="900" srcdoc="{escape(page)}"></iframe>'
+    (tmp_path / "page.html").write_text(f"<body>{frame}<script>{COUNT_LINES}</script>")
+    command = [
+        *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+        *("--disable-background-networking", f"--user-data-dir={tmp_path / 'browser'}"),
+        *("--dump-dom", (tmp_path / "page.html").as_uri()),
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    lines = re.findall(r"([^\s>]+) on (\d+) lines", shown)
+    assert {name for name, _ in lines} == {"full", "for", *names.values()}  # "asked for"
+    assert {number for _, number in lines} == {"1"}
+
+
+COUNT_LINES = """
+onload = () => {
+  const page = document.getElementById("frame").contentDocument;
+  document.body.textContent = [...page.querySelectorAll("tbody th")].map((name) => {
+    const range = page.createRange();
+    range.selectNodeContents(name);
+    const tops = new Set([...range.getClientRects()].map((box) => box.top));
+    return `${name.textContent} on ${tops.size} lines`;
+  }).join(", ");
+};
+"""
+
+
 def test_budgets_in_shares_get_a_chart_of_their_own() -> None:
     shares = make_rows().replace({"budget": {"256": "10%", "512": "50%"}})
     rows = pd.concat([make_rows(), shares[shares["policy"] != "full"]])
@@ -327,6 +458,7 @@ def test_times_taken_among_different_numbers_of_sequences_are_marked() -> None:
     rows = make_rows()
     rows.loc[rows["policy"] == "tova", "slots"] = 8
     assert "with at most 2 to 8 sequences side by side" in page_of(rows).text
+    assert "with at most 1 sequence side by side" in page_of(rows.assign(slots=1)).text
 
 
 def test_a_run_of_the_full_cache_alone_still_gives_a_page() -> None:

@@ -354,6 +354,9 @@ def test_the_loss_charges_misses_and_jumps() -> None:
     assert off_by_three == pytest.approx(2.5)  # SmoothL1 beyond 1: distance minus a half
     jumping = retaining_loss(torch.tensor([[[1.0, -1.0, 1.0, -1.0]]]), targets)
     assert jumping == pytest.approx(0.5 + 0.0025 * 4)
+    two_layers = torch.tensor([[[1.0, -1.0, 1.0, -1.0]]]).repeat(2, 1, 1)
+    mean = retaining_loss(two_layers, torch.zeros_like(two_layers))
+    assert mean == pytest.approx(float(jumping)), "smoothness is a mean over layers, not their sum"
 
 
 def settings(folder: Path, **changes: object) -> Settings:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,20 +16,23 @@ import pytest
 from kvarena.harness import table_notes
 from kvarena.harness.comparison import compare_cells, compare_pairs
 from kvarena.harness.errors import UsageError
-from kvarena.harness.paper_tables import (
+from kvarena.harness.files import file_name
+from kvarena.harness.paper_tables import grids as grids_of
+from kvarena.harness.paper_tables import unique_names, write_tables
+from kvarena.harness.table_markup import (
     AT_LEAST,
     DIFFERS,
     MINUS,
     MISSING,
     TIE,
+    UNBOUND,
     Entry,
     Grid,
     escape_latex,
     escape_markdown,
-    grids,
+    latex_file,
     to_latex,
     to_markdown,
-    write_tables,
 )
 from kvarena.harness.tables import storable
 
@@ -63,6 +67,10 @@ def benchmark_rows() -> pd.DataFrame:
     return pd.DataFrame(lines).assign(**same, **sizes)
 
 
+def grids(cells: pd.DataFrame, rows: pd.DataFrame) -> list[Grid]:
+    return grids_of(cells, rows, "bench-m")
+
+
 def texts(table: Grid, policy: str) -> list[str]:
     return [entry.text for entry in table.lines[policy]]
 
@@ -92,11 +100,11 @@ def test_differences_to_full_have_intervals_signs_and_marks() -> None:
     table = grids(compare_cells(rows), rows)[1]
     assert "full" not in table.lines
     assert texts(table, "keydiff") == [
-        "-95.0* [-100, -84]".replace("-", MINUS),
-        "-35.0* [-57, -13]".replace("-", MINUS),
+        "-95.0* [-100, -79]".replace("-", MINUS),
+        "-35.0* [-57, -12]".replace("-", MINUS),
     ]
     near = compare_cells(rows).assign(p_holm=0.05)
-    assert texts(grids(near, rows)[1], "keydiff")[1] == "-35.0 [-57, -13]".replace("-", MINUS)
+    assert texts(grids(near, rows)[1], "keydiff")[1] == "-35.0 [-57, -12]".replace("-", MINUS)
 
 
 def test_without_a_full_run_there_is_no_table_of_differences() -> None:
@@ -118,7 +126,7 @@ def test_parts_are_columns_beside_their_average_at_each_budget() -> None:
     cells = compare_cells(rows)
     tables = grids(cells, rows)
     assert [table.columns for table in tables[2:]] == [["code", "few-shot", "qa_en", "average"]] * 2
-    assert "budget of 25%" in tables[3].caption
+    assert "budget of 25% of the prompt's tokens" in tables[3].caption
     line = cells[(cells.policy == "tova") & (cells.budget == "1k")].iloc[0]
     shown = texts(tables[2], "tova")
     means = rows[(rows.policy == "tova") & (rows.budget == "1k")].groupby("part")["score"].mean()
@@ -161,10 +169,105 @@ def test_the_notes_say_how_many_and_what_bold_and_the_marks_mean() -> None:
     detectable = 100 * compare_cells(rows).detectable
     few, many = f"{detectable.min():.0f}", f"{detectable.max():.0f}"
     points = few if few == many else f"{few} to {many}"
-    for part in ("36 samples that both", "bootstrap", "Holm", "*", f"80 % power: {points} points"):
+    for part in ("36 samples that both", "does not reject", "Holm", "*", f"power: {points} points"):
         assert part in notes
+    assert "at least 6" not in notes
     assert "per part" in " ".join(tables[2].notes)
     assert "SAMPLE DATA" not in notes
+
+
+def test_captions_say_in_a_sentence_what_is_shown() -> None:
+    rows = benchmark_rows()
+    captions = [table.caption for table in grids(compare_cells(rows), rows)]
+    where = "the task bench with the model m (question=after), at a cache budget of"
+    tokens, share = "1k tokens per layer and KV head", "25% of the prompt's tokens"
+    assert captions == [
+        f"Mean score in percent of each KV cache policy on {where} {tokens} or {share} (k = 1024).",
+        "Difference in score, in points, between each KV cache policy and the full cache on "
+        f"{where} {tokens} or {share} (k = 1024).",
+        f"Mean score in percent of each KV cache policy on the parts of {where} {tokens} "
+        "(k = 1024).",
+        f"Mean score in percent of each KV cache policy on the parts of {where} {share}.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("budgets", "words"),
+    [
+        (["256", "512"], "at a cache budget of 256 or 512 tokens per layer and KV head."),
+        (["1k", "2k", "4k"], "of 1k, 2k or 4k tokens per layer and KV head (k = 1024)."),
+        (["12MB"], "at a cache budget of 12MB."),
+        (["full"], "without a budget."),
+    ],
+)
+def test_captions_name_budgets_of_any_kind(budgets: list[str], words: str) -> None:
+    rows = benchmark_rows().query("budget == '1k'")
+    rows = pd.concat([rows.assign(budget=budget) for budget in budgets])
+    assert grids(compare_cells(rows), rows)[0].caption.endswith(words)
+
+
+def test_captions_of_forced_answers_name_the_agreement() -> None:
+    rows = benchmark_rows().assign(kl_mean=0.1)
+    for table in grids(compare_cells(rows), rows):
+        assert "token agreement with the full cache" in table.caption
+
+
+@pytest.mark.parametrize(("num", "words"), [(1, "1 sample (1 document)"), (2, "2 samples (2 ")])
+def test_numbers_have_their_nouns(num: int, words: str) -> None:
+    rows = needle_rows()
+    rows = rows[rows["sample_id"].isin(rows["sample_id"].unique()[:num])].assign(num_planned=num)
+    tables = grids(compare_cells(rows), rows)
+    assert words in tables[0].notes[0]
+    assert f"Over the {words.split(' (')[0]} that both have" in " ".join(tables[1].notes)
+    rows.loc[rows["policy"] == "tova", "status"] = "oom"
+    lost = grids(compare_cells(rows), rows)[0].notes
+    assert f"tova at 256: 0 of {num} sample{'s' if num > 1 else ''}." in lost
+
+
+def bold_lines(table: Grid, place: int = 0) -> list[str]:
+    return [name for name, entries in table.lines.items() if entries[place].bold]
+
+
+def test_one_policy_alone_is_not_the_best() -> None:
+    rows = benchmark_rows()
+    alone = rows[rows["policy"].isin(["full", "keydiff"])]
+    for table in grids(compare_cells(alone), alone):
+        assert not bold_lines(table)
+        assert "Bold" not in " ".join(table.notes)
+    rows.loc[rows["policy"].isin(["snap_kv", "tova"]), "compressed"] = False
+    for table in grids(compare_cells(rows), rows):
+        assert not bold_lines(table)  # two that evicted nothing are no rivals
+    rows.loc[(rows["policy"] == "tova") & (rows["budget"] == "1k"), "compressed"] = True
+    table = grids(compare_cells(rows), rows)[0]
+    assert bold_lines(table, 0) == ["keydiff"]
+    assert not bold_lines(table, 1)
+
+
+def test_cells_in_which_nothing_was_evicted_are_marked() -> None:
+    rows = benchmark_rows().assign(compressed=True)
+    rows.loc[(rows["budget"] == "25%") | (rows["policy"] == "full"), "compressed"] = False
+    tables = grids(compare_cells(rows), rows)
+    for table in (tables[0], tables[1]):
+        for policy in ("keydiff", "tova"):
+            assert [UNBOUND in text for text in texts(table, policy)] == [False, True]
+        assert f"{UNBOUND} nothing was evicted: the budget never bound." in table.notes
+    assert UNBOUND not in " ".join(texts(tables[0], "full") + tables[2].notes)
+    assert all(UNBOUND in text for text in texts(tables[3], "tova"))
+    coded = rows.replace({"policy": {"tova": "full+kivi", "keydiff": "keydiff+kivi"}})
+    table = grids(compare_cells(coded), coded)[0]
+    assert UNBOUND not in " ".join(texts(table, "full+kivi"))
+    assert UNBOUND in texts(table, "keydiff+kivi")[1]
+
+
+def test_budgets_that_bound_for_some_samples_only_are_named() -> None:
+    rows = benchmark_rows().assign(compressed=True)
+    first = rows["sample_id"].str.endswith("-00")
+    rows.loc[rows["budget"] == "25%", "compressed"] = first
+    rows.loc[(rows["policy"] == "tova") & (rows["budget"] == "1k"), "compressed"] = ~first
+    notes = grids(compare_cells(rows), rows)[0].notes
+    assert "At 25%, something was evicted in 3 of 36 samples." in notes
+    assert "At 1k, something was evicted by tova in 33 of 36 samples." in notes
+    assert sum("was evicted" in note for note in notes) == 2
 
 
 def test_sample_data_is_called_that() -> None:
@@ -203,6 +306,20 @@ def test_a_markdown_table_has_as_many_cells_in_every_line() -> None:
     assert rf"| **{MINUS}1.0\* \[0, 2\]** | {MISSING} |" in lines[2]
 
 
+def test_latex_names_signs_that_pdflatex_does_not_know() -> None:
+    assert escape_latex("größe, 中") == "größe, [U+4E2D]"
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "packages"),
+    [(2, r"\usepackage{booktabs}"), (7, r"\usepackage{booktabs} and \usepackage{graphicx}")],
+)
+def test_a_latex_file_begins_with_what_it_needs(num_columns: int, packages: str) -> None:
+    text = latex_file([awkward_grid(), awkward_grid(num_columns)])
+    assert text.startswith(f"% needs {packages}\n")
+    assert text.count(r"\begin{table}") == 2
+
+
 @pytest.mark.parametrize("num_columns", [2, 7])
 def test_a_latex_table_is_whole(num_columns: int) -> None:
     text = to_latex(awkward_grid(num_columns))
@@ -220,9 +337,33 @@ def test_a_latex_table_is_whole(num_columns: int) -> None:
     assert (r"\resizebox" in text) == (num_columns == 7)
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("needle-llama-3.1-8b", "needle-llama-3-1-8b"),
+        ("keydiff(recent=32)+kivi(bits=4)", "keydiff-recent-32-kivi-bits-4"),
+        ("longbench-m-chunk=64, question=after", "longbench-m-chunk-64-question-after"),
+        ("../m__é 25%", "m-e-25-percent"),
+        ("中", "table"),
+    ],
+)
+def test_names_are_words_with_dashes(text: str, name: str) -> None:
+    assert unique_names([text]) == [name]
+
+
+def test_names_of_two_texts_differ_on_any_disk() -> None:
+    texts = ["a-llama-3.1", "a-llama-3-1", "A-LLAMA 3 1", "a-tova"]
+    names = unique_names(texts)
+    assert len({name.lower() for name in names}) == 4
+    assert names[3] == "a-tova"
+    assert all(re.fullmatch("(?i)a-llama-3-1-[0-9a-f]{4}", name) for name in names[:3])
+
+
 def test_labels_of_latex_hold_letters_digits_and_dashes_only() -> None:
     rows = benchmark_rows().assign(model="org/a_b%")
-    names = [table.name for table in grids(compare_cells(rows), rows)]
+    (name,) = unique_names(["bench-org/a_b%-question=after"])
+    names = [table.name for table in grids_of(compare_cells(rows), rows, name)]
+    assert name == "bench-org-a-b-percent-question-after"
     assert len(set(names)) == 4
     assert names[3].endswith("25-percent")  # not the name of a budget of 25 tokens
     assert all(re.fullmatch("[A-Za-z0-9-]+", name) for name in names)
@@ -234,7 +375,7 @@ def test_labels_of_latex_hold_letters_digits_and_dashes_only() -> None:
 def write_cell(results_dir: Path, rows: list[dict[str, Any]], name: str) -> None:
     """A cell's folder as runs leave it."""
     first = rows[0]
-    folder = results_dir / "runs" / first["task"] / first["model"] / name
+    folder = results_dir / "runs" / file_name(first["task"]) / file_name(first["model"]) / name
     folder.mkdir(parents=True)
     identity = {key: {"name": first[key]} for key in ("task", "model", "policy", "budget")}
     (folder / "manifest.json").write_text(json.dumps({"run_id": name, "identity": identity}))
@@ -303,12 +444,55 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
 
 
 def test_one_document_per_part_is_said_to_give_no_interval() -> None:
-    cells = pd.DataFrame(
-        {"score": [0.5], "score_low": [math.nan], "difference": [0.1]}
-        | {"difference_low": [math.nan], "num_pairs": [3], "detectable": [math.nan]}
-    )
-    for note in (table_notes.intervals(cells), table_notes.difference(cells)):
-        assert "No intervals: a part has one document only" in note
-        assert "In brackets" not in note
+    cells = pd.DataFrame({"score": [0.5], "score_low": [math.nan]})
+    note = table_notes.intervals(cells)
+    assert "No intervals: a part has one document only" in note
+    assert "In brackets" not in note
     assert "In brackets" in table_notes.intervals(cells.assign(score_low=0.2))
-    assert "In brackets" in table_notes.difference(cells.assign(difference_low=0.0))
+
+
+@pytest.mark.parametrize(
+    ("num", "words"), [(1, "1 document: no"), (5, "5 documents: no"), (6, ""), (20, "")]
+)
+def test_too_few_documents_are_said_to_show_no_difference(num: int, words: str) -> None:
+    rows = needle_rows()
+    rows = rows[rows["sample_id"].isin(rows["sample_id"].unique()[:num])].assign(num_planned=num)
+    for table in grids(compare_cells(rows), rows):
+        notes = " ".join(table.notes)
+        assert words in notes
+        assert ("at least 6 are needed" in notes) == bool(words)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_every_latex_file_compiles(tmp_path: Path) -> None:
+    """With signs that LaTeX reads otherwise in every place, wide tables and long notes."""
+    rows = benchmark_rows().drop(columns=["variant", "num_planned"])
+    odd = {"keydiff": "keydiff(recent=32)+kivi(bits=4)", "snap_kv": AWKWARD + "é中\N{MINUS SIGN}"}
+    odd_rows = rows.replace({"policy": odd, "part": {"qa_en": "q&a_{en}", "code": "100%"}})
+    odd_rows = odd_rows.assign(model="org/model-1.5_b%&#", task="bench_2~^")
+    wide = pd.concat([rows.assign(part=f"{part}_{i}") for i, part in enumerate(9 * ["part"])])
+    wide = wide.assign(model="wide", sample_id=wide["sample_id"] + wide["part"], compressed=False)
+    few = rows[rows["sample_id"].str.endswith("-00")].assign(model="few", part="")
+    for frame in (odd_rows, wide, few):
+        for i, (_, own) in enumerate(frame.groupby(["policy", "budget"])):
+            write_cell(tmp_path, own.to_dict("records"), f"cell-{i}")
+    files = [path for path in write_tables(tmp_path) if path.suffix == ".tex"]
+    assert len(files) == 3
+    for path in files:
+        first, _ = path.read_text(encoding="utf-8").split("\n", 1)
+        packages = "".join(re.findall(r"\\usepackage{[a-z]+}", first))
+        document = rf"\documentclass{{article}}{packages}\begin{{document}}\input{{{path.name}}}"
+        (path.parent / "paper.tex").write_text(rf"{document}\end{{document}}")
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+        done = subprocess.run(
+            command, cwd=path.parent, capture_output=True, text=True, errors="replace"
+        )
+        assert done.returncode == 0, done.stdout[-2000:]
+        log = (path.parent / "paper.log").read_text(errors="replace")
+        assert "Missing character" not in log
+        too_wide = [
+            float(points) for points in re.findall(r"Overfull .hbox \((.*)pt too wide", log)
+        ]
+        assert max(too_wide, default=0) < 20
+        assert "Float too large" not in log

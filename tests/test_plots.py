@@ -65,6 +65,18 @@ def test_a_cell_shows_the_mean_of_good_rows_and_an_empty_one_none(
     assert figures[0].axes[0].get_ylim() == (high, low)  # depth 0 is on top
 
 
+def test_pictures_of_forced_answers_say_agreement(tmp_path: Path, figures: list[Figure]) -> None:
+    rows = make_rows(["keydiff"], ["512"], DEPTHS, [1000]).assign(kl_mean=0.1)
+    needle_heatmap(rows, tmp_path / "map.png")
+    needle_overview(rows, tmp_path / "overview.png")
+    assert "keydiff, budget 512: mean agreement 50 %" in texts(figures[0])
+    assert "needle: mean agreement by policy and depth" in texts(figures[1])
+    for figure in figures:
+        assert figure.axes[-1].get_ylabel() == "mean agreement (%)"
+    needle_heatmap(rows.assign(kl_mean=None), tmp_path / "map.png")
+    assert figures[2].axes[-1].get_ylabel() == "mean score (%)"
+
+
 def test_an_empty_cell_looks_unlike_any_score(tmp_path: Path) -> None:
     rows = make_rows(["keydiff"], ["512"], [0, 25, 50, 75, 100], [1000, 2000]).assign(score=1.0)
     whole = image.imread(needle_heatmap(rows, tmp_path / "whole.png"))

@@ -197,24 +197,25 @@ def test_snapkv_window_does_not_lift_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["max", "avg"])
-def test_snapkv_sums_queries_averages_the_group_and_pools(pooling: str) -> None:
-    """Against loops over heads and positions, on random attention."""
+def test_snapkv_sums_queries_and_pools_in_each_query_head_before_it_averages(pooling: str) -> None:
+    """Against loops over query heads and positions, on random attention."""
     policy = SnapKV(window=4, kernel=5, pooling=pooling)
     view = view_of(policy)
     scores = policy.score(view)
     for s in range(S):
         for k in range(K):
             at = {int(position): t for t, position in enumerate(view.positions[s, k])}
-            votes = [
-                float(view.attention[s, k * G : (k + 1) * G, :, at[p]].sum()) / G
-                if p < T - 4
-                else 0
-                for p in range(T)
-            ]
+            expected = dict.fromkeys(range(T), 0.0)
+            for head in range(k * G, (k + 1) * G):
+                votes = [
+                    float(view.attention[s, head, :, at[p]].sum()) if p < T - 4 else 0
+                    for p in range(T)
+                ]
+                for p in range(T):
+                    near = [votes[n] if 0 <= n < T else 0 for n in range(p - 2, p + 3)]
+                    expected[p] += (max(near) if pooling == "max" else sum(near) / 5) / G
             for p in range(T):
-                near = [votes[n] if 0 <= n < T else 0 for n in range(p - 2, p + 3)]
-                expected = max(near) if pooling == "max" else sum(near) / 5
-                assert float(scores[s, k, at[p]]) == pytest.approx(expected, abs=1e-6)
+                assert float(scores[s, k, at[p]]) == pytest.approx(expected[p], abs=1e-6)
 
 
 def test_keydiff_s_median_is_per_channel() -> None:

@@ -61,6 +61,8 @@ def test_the_readmes_policy_works_as_printed(tmp_path: Path) -> None:
         "(g,) = engine.generate([toy_prompt(90)], max_new_tokens=5, record_kept=True)\n"
         "assert all(p.shape[1] == 32 for p in g.kept_positions)\n"
         "assert g.kept_positions[0].tolist() != g.kept_positions[1].tolist()\n"
+        "from kvarena.harness.testing.contract import check_policy\n"
+        "assert {finding.verdict for finding in check_policy(RandomKeys)} == {'ok'}\n"
     )
     path = f"{tmp_path}:{Path(__file__).parent}"
     subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": path}, check=True)

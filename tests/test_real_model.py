@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from kvarena.harness.engine import Engine, Request
 from kvarena.harness.models import load_model
 from kvarena.harness.registry import build, choices, load_choice
+from kvarena.harness.testing.oracle import replay_difference
 from kvarena.policies.full import Full
 from kvarena.tasks.base import Tokenizer
 from kvarena.tasks.needle import Needle
-from oracle import rank_shifts, replay, seen_by_each_query
 from toys import save_random_heads
 
 pytestmark = pytest.mark.slow
@@ -55,15 +55,14 @@ def test_replay_oracle_holds(name: str) -> None:
         )
     )
     tokens = prompt + generation.token_ids[:-1]
-    by_rank = policy.needs.rank_positions
-    expected = replay(
+    difference = replay_difference(
         model,
         tokens,
-        seen_by_each_query(generation, len(tokens)),
-        sink_shifts=rank_shifts(generation, len(tokens)) if by_rank else None,
-        num_sinks=policy.sinks,
+        generation.kept_history,
+        generation.logits,
+        num_rank_sinks=policy.sinks if policy.needs.rank_positions else None,
     )
-    assert (generation.logits - expected).abs().max() < 2e-4
+    assert difference < 2e-4
 
 
 @pytest.mark.parametrize("chunk_tokens", [128, 4096])

@@ -133,9 +133,6 @@ def test_the_yaml_has_every_option_with_the_default_of_the_class(group: str, nam
     settings = load_choice(group, name)
     del settings["_target_"]
     options = [option for option in fields(class_of(group, name)) if option.init]
-    if not getattr(class_of(group, name), "evicts", True):
-        # What protects tokens means nothing where none is evicted.
-        options = [option for option in options if option.name not in ("sinks", "recent")]
     assert sorted(settings) == sorted(option.name for option in options)
     for option in options:
         default, value = default_of(option), settings[option.name]

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kvarena.harness import statistics
 from kvarena.harness.errors import UsageError
 from kvarena.harness.statistics import (
     Interval,
     holm,
     mean_interval,
     paired_difference,
-    t_quantile,
 )
 
 UNIT = (0.0, 1.0)
@@ -50,13 +48,6 @@ def documents(num: int, generator: np.random.Generator) -> tuple[np.ndarray, np.
 
 
 # ---- intervals ----
-
-
-def test_t_quantiles_are_those_of_scipy() -> None:
-    for degrees in (1, 2, 3, 8, 19, 500):
-        for probability in (0.025, 0.2, 0.5, 0.8, 0.975, 0.9995):
-            ours = t_quantile(probability, degrees)
-            assert ours == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-3, abs=1e-9)
 
 
 def test_limits_of_a_share_of_many_samples_are_wilsons() -> None:
@@ -130,21 +121,10 @@ def test_no_values_have_no_mean() -> None:
     assert math.isnan(paired_difference([], []).p_value)
 
 
-def test_the_bootstrap_is_scipys_stretched_by_a_known_factor() -> None:
-    values = np.random.default_rng(3).exponential(size=200)
-    scipys = stats.bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
-    factor = stats.t.ppf(0.975, 199) / stats.norm.ppf(0.975) * math.sqrt(200 / 199)
-    expected = values.mean() + factor * (np.array(scipys) - values.mean())
-    ours = mean_interval(values)
-    assert limits(ours) == pytest.approx(expected, abs=0.03 * (ours.high - ours.low))
-
-
-def test_few_values_are_stretched_like_students_t() -> None:
-    ours = mean_interval([-1.0, 1.0])  # a quarter of the resamples is -1, another is 1
-    assert limits(ours) == pytest.approx(
-        [-stats.t.ppf(0.975, 1) / 1.96 * math.sqrt(2), stats.t.ppf(0.975, 1) / 1.96 * math.sqrt(2)],
-        rel=1e-3,
-    )
+def test_a_mean_without_bounds_gets_students_interval() -> None:
+    values = np.random.default_rng(3).exponential(size=7)
+    students = stats.t.interval(0.95, 6, values.mean(), stats.sem(values))
+    assert limits(mean_interval(values)) == pytest.approx(list(students))
 
 
 def test_the_mean_over_strata_is_the_plain_mean_of_their_means() -> None:
@@ -153,13 +133,6 @@ def test_the_mean_over_strata_is_the_plain_mean_of_their_means() -> None:
     assert ours.mean == pytest.approx((0.5 + 0.5) / 2)
     hand = math.hypot(stats.sem(values[:2]), stats.sem(values[2:])) / 2
     assert ours.se == pytest.approx(hand)
-
-
-def test_strata_are_resampled_one_by_one() -> None:
-    # Strata far apart and tight: resampling across them would give limits around 0.3 and 0.7.
-    values = np.r_[np.linspace(0.0, 0.02, 30), np.linspace(0.98, 1.0, 30)]
-    low, high = limits(mean_interval(values, strata=np.repeat([0, 1], 30)))
-    assert 0.49 < low < 0.5 < high < 0.51
 
 
 @pytest.mark.parametrize("bounds", [None, UNIT])
@@ -195,39 +168,6 @@ def test_the_order_of_rows_does_not_matter() -> None:
     assert limits(one) == pytest.approx(limits(other))
 
 
-def test_a_higher_level_is_wider_and_the_seed_decides() -> None:
-    values = np.random.default_rng(0).random(20)
-    for bounds in (None, UNIT):
-        narrow = mean_interval(values, bounds=bounds, level=0.8)
-        wide = mean_interval(values, bounds=bounds, level=0.99)
-        assert wide.low < narrow.low < narrow.high < wide.high
-    assert mean_interval(values, seed=1) == mean_interval(values, seed=1)
-    assert mean_interval(values, seed=1) != mean_interval(values, seed=2)
-
-
-def test_small_blocks_of_resamples_change_nothing_but_the_draw(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    values = np.random.default_rng(0).random(30)
-    whole, test = mean_interval(values), paired_difference(values, np.full(30, 0.4))
-    monkeypatch.setattr(statistics, "_BLOCK", 700)
-    assert limits(mean_interval(values)) == pytest.approx(limits(whole), abs=0.01)
-    p_value = paired_difference(values, np.full(30, 0.4)).p_value
-    assert p_value == pytest.approx(test.p_value, abs=0.02)
-
-
-def test_every_resample_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = 100 + np.random.default_rng(0).random(30)
-    monkeypatch.setattr(statistics, "_BLOCK", 100)
-    assert mean_interval(values, resamples=20).low > 99  # one that was left out would be 0
-
-
-def test_resampled_documents_bring_their_sizes() -> None:
-    sizes = np.array([1, 2, 3, 40])
-    ours = mean_interval(np.linspace(0.9, 1.0, 46), np.repeat(np.arange(4), sizes))
-    assert ours.low > 0.5  # fewer samples must not look like lower scores
-
-
 @pytest.mark.parametrize(
     ("call", "match"),
     [
@@ -236,7 +176,6 @@ def test_resampled_documents_bring_their_sizes() -> None:
         (lambda: mean_interval([0.5, math.nan]), "missing"),
         (lambda: mean_interval([0.5, 0.2], clusters=["a"]), "clusters"),
         (lambda: mean_interval([0.5, 0.2], strata=["a"] * 3), "strata"),
-        (lambda: mean_interval([0.5, 0.2], level=95), "0.95"),
         (lambda: paired_difference([1.0], [1.0, 0.0]), "pairs"),
     ],
 )
@@ -278,6 +217,14 @@ def test_intervals_of_scores_cover_as_promised(draw: Any, mean: float, num: int)
     assert coverage(lambda rng: draw(num, rng), mean, bounds=UNIT) == pytest.approx(95, abs=2)
 
 
+@pytest.mark.parametrize("num", SIZES)
+def test_intervals_without_bounds_cover_as_recorded(num: int) -> None:
+    normal = coverage(lambda rng: (rng.normal(size=num),), 0.0)
+    exponential = coverage(lambda rng: (rng.exponential(size=num),), 1.0)
+    assert normal == pytest.approx(95, abs=2)
+    assert exponential == pytest.approx({20: 92.9, 50: 93.3, 200: 94.4}[num], abs=2)
+
+
 @pytest.mark.parametrize(("num_strata", "num"), [(5, 20), (16, 10), (21, 2)])
 def test_intervals_of_means_over_parts_cover_as_promised(num_strata: int, num: int) -> None:
     means = np.resize([0.1, 0.3, 0.5, 0.2, 0.05], num_strata)
@@ -292,38 +239,6 @@ def test_intervals_of_means_over_parts_cover_as_promised(num_strata: int, num: i
 def test_the_interval_that_ignores_documents_would_fail() -> None:
     """So the tests above would notice."""
     assert coverage(lambda rng: documents(50, rng)[:1], 1 / 3, bounds=UNIT) < 90
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num", SIZES)
-@pytest.mark.parametrize(
-    ("draw", "mean"),
-    [
-        (lambda num, rng: (rng.normal(size=num),), 0.0),
-        (lambda num, rng: (rng.beta(0.5, 2, num),), 0.2),
-        (lambda num, rng: (rng.choice([1.0, -1, 0], num, p=[0.2, 0.05, 0.75]),), 0.15),
-        (lambda num, rng: (rng.choice([1.0, -1, 0], num, p=[0.25, 0, 0.75]),), 0.25),
-        (lambda num, rng: (rng.choice([1.0, -1, 0], num, p=[0.6, 0.05, 0.35]),), 0.55),
-        (lambda num, rng: documents(num, rng), 1 / 3),
-    ],
-    ids=["normal", "skewed", "differences", "one-sided", "large", "documents"],
-)
-def test_the_bootstrap_covers_as_promised(draw: Any, mean: float, num: int) -> None:
-    covered = coverage(lambda rng: draw(num, rng), mean, resamples=1000)
-    assert covered == pytest.approx(95, abs=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("num_strata", "num"), [(5, 20), (16, 10), (21, 2)])
-def test_the_bootstrap_over_parts_covers_as_promised(num_strata: int, num: int) -> None:
-    means = np.resize([0.3, 0.05, 0.1, 0.0], num_strata)
-    strata = np.repeat(np.arange(num_strata), num)
-
-    def draw(rng: np.random.Generator) -> tuple[Any, ...]:
-        uniform = rng.random(len(strata))
-        return (uniform < means[strata] + 0.05) * 1.0 - (uniform > 0.95), None, strata
-
-    assert coverage(draw, means.mean(), resamples=1000) == pytest.approx(95, abs=2)
 
 
 # ---- paired differences ----
@@ -380,8 +295,10 @@ def test_the_same_scores_are_no_difference() -> None:
 
 def test_limits_stay_within_what_is_possible() -> None:
     values = np.r_[np.ones(9), 0.0]
-    assert paired_difference(values, np.zeros(10), bounds=UNIT).high == 1
-    assert paired_difference(values, np.zeros(10)).high > 1
+    for bounds in (None, UNIT):
+        assert paired_difference(values, np.zeros(10), bounds=bounds).high == pytest.approx(1)
+    few = paired_difference(values[:5], np.zeros(5), bounds=(0, 3))
+    assert limits(few) == [-3, 3]
 
 
 def test_whole_documents_change_sign() -> None:
@@ -444,8 +361,9 @@ def test_detectable_is_two_point_eight_standard_errors_of_many() -> None:
     values = np.random.default_rng(0).normal(size=2000)
     ours = paired_difference(values, np.zeros(2000))
     assert ours.detectable == pytest.approx(2.80 * ours.se, rel=2e-3)
-    few = paired_difference(values[:5], np.zeros(5))
-    assert few.detectable == pytest.approx((stats.t.ppf(0.975, 4) + stats.t.ppf(0.8, 4)) * few.se)
+    few = paired_difference(values[:6], np.zeros(6))
+    assert few.detectable == pytest.approx((stats.t.ppf(0.975, 5) + stats.t.ppf(0.8, 5)) * few.se)
+    assert math.isnan(paired_difference(values[:5], np.zeros(5)).detectable)
 
 
 @pytest.mark.parametrize("num", [20, 50])

@@ -11,7 +11,17 @@ import pandas as pd
 import pytest
 
 from kvarena.harness.comparison import compare_cells
-from kvarena.harness.tables import markdown, print_summary, storable, write_csv
+from kvarena.harness.distances import with_kl
+from kvarena.harness.tables import (
+    counted,
+    markdown,
+    percent,
+    percent_limits,
+    print_summary,
+    significant,
+    storable,
+    write_csv,
+)
 from score_rows import BASE
 
 
@@ -91,8 +101,11 @@ def test_missing_samples_show_only_when_there_are_some_and_hide_the_score() -> N
 
 def test_a_cell_without_scores_prints_dashes() -> None:
     text = printed(compare_cells(make_rows({"status": "error"})))
-    assert text.splitlines()[3].split() == ["keydiff", "512", "-", "0/1", *"----"]
+    assert text.splitlines()[3].split() == ["keydiff", "512", "-", "0/1"]
     assert "No score" not in text
+    mixed = cells({"status": "error"}, {"policy": "h2o"})
+    line = printed(compare_cells(mixed)).splitlines()[4].split()
+    assert line == ["keydiff", "512", "-", "0/1", *"----"]
 
 
 def test_every_variant_has_a_table_of_its_own() -> None:
@@ -106,7 +119,7 @@ def test_every_variant_has_a_table_of_its_own() -> None:
 
 
 def test_markdown_has_a_variant_column_only_when_there_are_variants() -> None:
-    assert markdown(compare_cells(cells({}))).startswith("| policy | budget | score % [95 %] |")
+    assert markdown(compare_cells(cells({}))).startswith("| policy | budget | score % |")
     table = markdown(compare_cells(cells({"variant": "chunk=64"})))
     assert table.splitlines()[0].startswith("| policy | variant | budget |")
     assert table.splitlines()[1].startswith("| --- | --- | ---: |")
@@ -119,6 +132,151 @@ def test_a_summary_read_from_csv_prints_the_same(tmp_path: Path) -> None:
     assert back["variant"].isna().all()
     assert markdown(back) == markdown(summary)
     assert printed(back) == printed(summary)
+
+
+def evicted(*shares: tuple[str, str, int, int]) -> pd.DataFrame:
+    """Cells of (policy, budget, samples with an eviction, samples)."""
+    rows = [
+        BASE
+        | {"policy": policy, "budget": budget, "sample_id": f"s{i}", "compressed": i < num_evicted}
+        for policy, budget, num_evicted, num_samples in shares
+        for i in range(num_samples)
+    ]
+    return compare_cells(pd.DataFrame(rows))
+
+
+NEVER = "nothing was evicted: the budget never bound"
+
+
+def test_a_budget_that_never_bound_is_marked_and_explained() -> None:
+    summary = evicted(("keydiff", "512", 4, 4), ("keydiff", "8k", 0, 4), ("h2o", "8k", 0, 4))
+    text = printed(summary)
+    lines = [line.split()[:3] for line in text.splitlines()[3:6]]
+    assert lines == [["keydiff", "512", "100.0"], ["h2o", "8k", "(a)"], ["keydiff", "8k", "(a)"]]
+    assert text.count("(a)") == 3
+    assert f"\n(a) {NEVER}.\n" in text
+    assert f"(a) {NEVER}." in printed(summary, Terminal())
+    table, _, notes = markdown(summary).partition("\n\n")
+    assert "| keydiff | 8k (a) |" in table
+    assert "| keydiff | 512 |" in table
+    assert notes == f"(a) {NEVER}.\n"
+
+
+def test_a_budget_that_bound_in_some_samples_says_in_how_many() -> None:
+    summary = evicted(
+        ("keydiff", "512", 3, 20),
+        ("h2o", "512", 3, 20),
+        ("tova", "512", 1, 20),
+        ("h2o", "1k", 0, 1),
+    )
+    text = " ".join(printed(summary).split())
+    assert "h2o 512 (a)" in text
+    assert "keydiff 512 (a)" in text
+    assert "tova 512 (b)" in text
+    notes = (
+        "(a) evicted in 3 of 20 samples; (b) evicted in 1 of 20 samples; (c) nothing was evicted"
+    )
+    assert notes in text
+    assert notes in markdown(summary)
+
+
+def test_what_keeps_everything_or_does_not_say_has_no_mark() -> None:
+    summary = evicted(
+        ("full", "full", 0, 4),
+        ("full@3fa9", "full", 0, 4),
+        ("full+kivi(window=64,bits=2)", "12MB", 0, 4),
+        ("keydiff", "full", 0, 4),
+    )
+    assert "(a)" not in printed(summary)
+    assert "(a)" not in markdown(evicted(("keydiff", "512", 0, 4)).drop(columns="num_compressed"))
+    assert "(a)" in markdown(evicted(("keydiff+kivi", "12MB", 0, 4)))
+
+
+def test_many_marks_stay_apart() -> None:
+    summary = evicted(*[("h2o", str(100 + i), i, 100) for i in range(30)])
+    assert len(set(re.findall(r"\| \d+ (\([a-z]+\)) \|", markdown(summary)))) == 30
+    assert max(map(len, printed(summary).splitlines())) <= 100
+
+
+def test_columns_without_any_value_are_left_out() -> None:
+    rows = cells({"decode_tokens_per_sec": None}, {"policy": "h2o", "decode_tokens_per_sec": None})
+    text = printed(compare_cells(rows))
+    assert "tok/s" not in text
+    assert "TTFT: medians" in text
+    assert "TTFT" not in printed(compare_cells(rows.assign(ttft_sec=None)))
+    some = rows.assign(decode_tokens_per_sec=[None, 3.0])
+    assert "tok/s" in printed(compare_cells(some))
+    no_bytes = rows.assign(kv_bytes_kept=None, kv_bytes_peak=None)
+    assert "MB" not in markdown(compare_cells(no_bytes))
+
+
+def test_forced_answers_show_agreement_and_divergence() -> None:
+    rows = pd.concat(
+        make_rows({"policy": policy, "kl_mean": kl}, {"policy": policy, "kl_mean": 3 * kl})
+        for policy, kl in (("full", 0.0), ("h2o", 0.25))
+    )
+    summary = with_kl(compare_cells(rows), rows)
+    for text in (printed(summary), printed(summary, Terminal())):
+        assert "agreement %" in text
+        assert "score" not in text
+        assert "0.500" in text
+        assert "in nats; lower is better" in text
+    assert "| agreement % [95 %] | KL nats |" in markdown(summary)
+    assert "KL" not in printed(compare_cells(rows))
+
+
+def test_a_divergence_weighs_parts_as_the_score_does() -> None:
+    rows = make_rows({"part": "a", "kl_mean": 1.0}, *[{"part": "b", "kl_mean": 2.0}] * 3)
+    assert with_kl(compare_cells(rows), rows)["kl_mean"].tolist() == [1.5]
+    lost = rows.assign(status=["error", "ok", "ok", "ok"])
+    assert with_kl(compare_cells(lost), lost)["kl_mean"].isna().all()
+    assert with_kl(compare_cells(lost, allow_partial=True), lost)["kl_mean"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (12.345678, "12.3"),
+        (0.000123456, "0.000123"),
+        (0.5, "0.500"),
+        (9.996, "10.0"),
+        (999.6, "1000"),
+        (123456.7, "123457"),
+        (0.0, "0.00"),
+        (math.nan, "-"),
+    ],
+)
+def test_times_have_three_significant_digits(value: float, text: str) -> None:
+    assert significant(value) == text
+    if value:
+        line = printed(compare_cells(cells({"ttft_sec": value, "policy": "h2o"}))).splitlines()[3]
+        assert text in line.split() or math.isnan(value)
+
+
+def test_rounding_never_contradicts() -> None:
+    assert [percent(share) for share in (0, 0.0004, 0.0006, 0.5, 0.9994, 0.9996, 1)] == [
+        "0.0",
+        "<0.1",
+        "0.1",
+        "50.0",
+        "99.9",
+        ">99.9",
+        "100.0",
+    ]
+    assert percent_limits(1.0, 0.83, 1.0) == "[83, 100]"
+    assert percent_limits(0.504, 0.5037, 0.5043) == "[50, 51]"  # not [50, 50]
+    assert percent_limits(0.836, 0.8355, 0.95) == "[83, 95]"  # not [84, 95]
+    assert percent_limits(-0.003, -0.004, 0.02) == "[-1, 2]"  # not [-0, 2]
+    assert percent_limits(0.5, math.nan, math.nan) == ""
+
+
+def test_one_is_singular() -> None:
+    assert [counted(number, "sample") for number in (0, 1, 2)] == [
+        "0 samples",
+        "1 sample",
+        "2 samples",
+    ]
+    assert "of 1 sample;" not in printed(evicted(("keydiff", "512", 1, 1)))
 
 
 def test_the_footnote_says_how_many_sequences_ran_side_by_side() -> None:

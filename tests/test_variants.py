@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from kvarena.harness.variants import policy_labels, variants
+import pytest
+
+from kvarena.harness.variants import method_label, policy_labels, variants
 
 
 def identity(**changes: Any) -> dict[str, Any]:
@@ -62,3 +64,19 @@ def test_a_label_names_the_codec_that_ran_not_the_one_asked_for() -> None:
         "keydiff+kivi/kivi(bits=2)",
         "keydiff+kivi",
     ]
+
+
+@pytest.mark.parametrize(
+    ("codec", "label"),
+    [
+        ("none", "full"),
+        ("kivi", "full+kivi"),
+        ("kivi(window=64,bits=4)", "full+kivi(window=64,bits=4)"),
+        ("kivi(window=64,bits=4)[bits=2]", "full+kivi(window=64,bits=2)"),
+        ("kivi[bits=2]", "full+kivi(bits=2)"),
+        ("kvcomp(window=64)[error=0.2]", "full+kvcomp(window=64,error=0.2)"),
+        ("mine(levels=[1, 2],bits=4)[bits=2]", "full+mine(levels=[1, 2],bits=2)"),
+    ],
+)
+def test_a_method_is_labelled_with_the_options_that_were_settled(codec: str, label: str) -> None:
+    assert method_label("full", codec) == label
