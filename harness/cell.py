@@ -58,11 +58,12 @@ class Cell:
             if value is not None and value < 1:
                 raise UsageError(f"{name.removesuffix('_tokens')} must be >= 1, got {value}")
         one_of("question", self.question, ["inside", "after", "first"])
-        self.task: Task = build(self.task_settings)
+        task: Task = build(self.task_settings)
+        self._unsettled_task = task
         self.policy: Policy = build(self.policy_settings)
         self.codec: Codec = build(self.codec_settings)
-        if self.task.is_teacher_forced and not self.sampling.is_greedy:
-            raise UsageError(f"{self.task.name} forces its answers; leave out sampling.temperature")
+        if task.is_teacher_forced and not self.sampling.is_greedy:
+            raise UsageError(f"{task.name} forces its answers; leave out sampling.temperature")
         budget = parse_budget(self.budget)
         # Bytes bind a policy that keeps everything through its codec; tokens cannot.
         binds = self.policy.evicts or budget.bytes is not None
@@ -74,6 +75,24 @@ class Cell:
         self.torch_dtype = models.resolve_dtype(self.dtype, self.device)
         self.torch_kv_dtype = models.resolve_kv_dtype(self.kv_dtype)
         models.check_attention(self.attention, self.device, self.torch_dtype)
+
+    @cached_property
+    def task(self) -> Task:
+        """The task, settled for the model, whose configuration is read now and not before.
+
+        Raises UsageError if there is none, or for a context that is too short for the task.
+        """
+        task, context_tokens = self._unsettled_task, self.context_tokens
+        try:
+            self._settled_options = task.settle(context_tokens)
+        except ValueError as error:
+            raise UsageError(f"{task.name}: {error}") from error
+        return task
+
+    @cached_property
+    def context_tokens(self) -> int | None:
+        """Most tokens of prompt and answer that the model handles; None if it states no limit."""
+        return models.context_tokens(models.load_config(self.model))
 
     @property
     def label(self) -> str:
@@ -99,7 +118,13 @@ class Cell:
         except ValueError as error:
             raise UsageError(f"{self.task.name}: {error}") from error
         return {
-            "task": {"name": self.task.name, "version": self.task.version, **self.task_settings},
+            "task": {
+                "name": self.task.name,
+                "version": self.task.version,
+                **self.task_settings,
+                # In place of auto: so auto and the same number typed are one cell.
+                **self._settled_options,
+            },
             "policy": {"name": self.policy_label, **self.policy_settings},
             "codec": {"name": self.codec_label, **self.codec_settings},
             "model": {"name": self.model.name, **vars(self.model)},
@@ -138,7 +163,6 @@ class Cell:
             raise UsageError(f"{self.task.name}: {error}") from error
         if self.question == "first":
             samples = [question_first(sample) for sample in samples]
-        limit_tokens = models.context_tokens(models.load_config(self.model))
         for sample in samples:
             if self.question != "inside" and not sample.question_tokens:
                 raise UsageError(
@@ -146,12 +170,8 @@ class Cell:
                     "its question; use question=inside"
                 )
             check_budget(self.policy, self.budget_tokens(sample), self.question_tokens(sample))
-            check_context(
-                f"sample {sample.id}",
-                len(sample.prompt_token_ids),
-                sample.max_new_tokens,
-                limit_tokens,
-            )
+        if samples:
+            self._check_context(max(samples, key=_total_tokens))
         return samples
 
     def part(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -168,6 +188,16 @@ class Cell:
         """Tokens held back from compression under question=after, else none."""
         return sample.question_tokens if self.question == "after" else 0
 
+    def _check_context(self, longest: Sample) -> None:
+        limit_tokens = self.context_tokens
+        check_context(
+            f"sample {longest.id}",
+            len(longest.prompt_token_ids),
+            longest.max_new_tokens,
+            limit_tokens,
+            "" if limit_tokens is None else self.task.advice(longest, limit_tokens),
+        )
+
     def adopt(self, fit: "Fit") -> None:
         """Go on with what a budget in bytes came to; the identity stays as it was asked for."""
         self._fitted_tokens = fit.budget_tokens
@@ -175,6 +205,10 @@ class Cell:
             self.codec = replace(self.codec, **fit.codec)
             changes = ",".join(f"{name}={value}" for name, value in fit.codec.items())
             self.codec_used = f"{self.codec_label}[{changes}]"
+
+
+def _total_tokens(sample: Sample) -> int:
+    return len(sample.prompt_token_ids) + sample.max_new_tokens
 
 
 def question_first(sample: Sample) -> Sample:

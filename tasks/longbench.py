@@ -32,6 +32,8 @@ from kvarena.tasks.token_f1 import chinese_segmenter
 
 __all__ = ["LongBench", "score_prediction"]
 
+# Room for template and answer that the official lengths leave at the least, with a context of 4096.
+LEAST_ROOM_TOKENS = 596
 NO_CHAT = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 
 
@@ -46,18 +48,44 @@ class LongBench(Task):
     version: ClassVar[str] = "1"
 
     tasks: tuple[str, ...] | str = "all"
-    max_length: int = 3500  # tokens of a prompt without its chat template
+    # Tokens of a prompt without its chat template; auto: what suits the model; None: no limit.
+    max_length: int | str | None = "auto"
     data: str = "hub"
     code_similarity: str = "rapidfuzz"
 
     def __post_init__(self) -> None:
         self.tasks = chosen_tasks(self.tasks)
         self.data = str(self.data)
-        if type(self.max_length) is not int or self.max_length < 2:
-            raise ValueError(f"max_length must be an int from 2 on, got {self.max_length!r}")
+        self._is_auto = False  # until settled
+        is_length = type(self.max_length) is int and self.max_length >= 2
+        if not is_length and self.max_length not in ("auto", None):
+            raise ValueError(
+                f"max_length must be auto, an int from 2 on or null, got {self.max_length!r}"
+            )
         if self.code_similarity not in CODE_SIMILARITIES:
             allowed = " or ".join(CODE_SIMILARITIES)
             raise ValueError(f"code_similarity must be {allowed}, got {self.code_similarity!r}")
+
+    def settle(self, context_tokens: int | None) -> dict[str, Any]:
+        """``max_length``, the longest prompt that suits the model."""
+        self._is_auto = self.max_length == "auto"
+        if not self._is_auto:
+            return {}
+        self.max_length = None if context_tokens is None else longest_prompt(context_tokens)
+        return {"max_length": self.max_length}
+
+    def advice(self, longest: Sample, context_tokens: int) -> str:
+        if not self._is_auto or self.max_tokens is None:
+            return "leave out MAX_LENGTH (task.max_length=auto): what it stands for suits the model"
+        # The chat template is longer than the room for it.
+        excess_tokens = len(longest.prompt_token_ids) + longest.max_new_tokens - context_tokens
+        most = self.max_tokens - excess_tokens
+        return f"use MAX_LENGTH={most} or less (task.max_length={most})"
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most tokens of a prompt without its chat template; None if it is never cut."""
+        return self.max_length if isinstance(self.max_length, int) else None
 
     def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
         """Task by task, the first ``limit`` rows of each; there is no chance in them.
@@ -99,7 +127,7 @@ class LongBench(Task):
         task = base_task(data.task)
         prompt, context_end = data.render(row)
         text, text_context_end, num_tokens = cut_middle(
-            tokenizer, prompt, context_end, self.max_length
+            tokenizer, prompt, context_end, self.max_tokens
         )
         chat = task not in NO_CHAT
         meta: dict[str, Any] = {  # Any: JSON values
@@ -107,9 +135,9 @@ class LongBench(Task):
             "language": row["language"],
             "length": row["length"],
             "row_id": row["_id"],
-            "truncated": num_tokens > self.max_length,
+            "truncated": self.max_tokens is not None and num_tokens > self.max_tokens,
             "prompt_tokens_before_truncation": num_tokens,
-            "max_length": self.max_length,
+            "max_length": self.max_tokens,
             "data": data.source,
             "data_sha256": data.sha256[:16],
             "settings_sha256": data.settings_sha256[:16],
@@ -132,16 +160,35 @@ class LongBench(Task):
         )
 
 
+def longest_prompt(context_tokens: int) -> int:
+    """Tokens of a prompt, chat template apart, that suit a model of so many tokens of context.
+
+    Official: 3500, 7500, 15500 and 31500 for contexts of 4096, 8192, 16384 and 32768
+    (``LongBench/config/model2maxlen.json``), so 1000 for each 1024 less 500: 127500 for 131072. A
+    shorter context leaves as much room for answer and template as the shortest of those. Raises
+    ValueError for a context without any more than that.
+    """
+    longest = min(1000 * context_tokens // 1024 - 500, context_tokens - LEAST_ROOM_TOKENS)
+    if longest < 2:
+        raise ValueError(
+            f"max_length=auto: a context of {context_tokens} tokens is too short for LongBench, "
+            f"whose templates and answers take {LEAST_ROOM_TOKENS}; use another model, or give "
+            "MAX_LENGTH (task.max_length)"
+        )
+    return longest
+
+
 def cut_middle(
-    tokenizer: Tokenizer, prompt: str, context_end: int, max_length: int
+    tokenizer: Tokenizer, prompt: str, context_end: int, max_length: int | None
 ) -> tuple[str, int, int]:
     """The prompt without its middle, where its context ends, and its tokens before the cut.
 
     A prompt of more than ``max_length`` tokens, special ones included, keeps the first and the last
     half of that many, decoded apart and joined as text. context_end: index of a character.
+    max_length: None: nothing is cut.
     """
     token_ids = tokenizer.encode(prompt)
-    if len(token_ids) <= max_length:
+    if max_length is None or len(token_ids) <= max_length:
         return prompt, context_end, len(token_ids)
     half = int(max_length / 2)
     head = tokenizer.decode(token_ids[:half], skip_special_tokens=True)

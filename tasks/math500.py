@@ -9,7 +9,7 @@ Differs from the paper: math-verify compares the answers, not the graders of eit
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 
@@ -20,6 +20,7 @@ from kvarena.tasks.math_grader import check_installed
 
 __all__ = ["Math500", "is_correct", "math500_summary"]
 
+MOST_NEW_TOKENS = 32768  # of the protocol of reasoning models
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 
 
@@ -32,14 +33,44 @@ class Math500(Task):
 
     data: str = "hub"  # hub | sample | test.jsonl (.gz), or a folder or zip with it
     num_samples: int = 1
-    max_new_tokens: int = 32768
+    # auto: what the model's context leaves after each prompt, at most the protocol's 32768
+    max_new_tokens: int | str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"math500 {name} must be an int from 1 on, got {value!r}")
+            is_auto = name == "max_new_tokens" and value == "auto"
+            if not is_auto and (type(value) is not int or value < 1):
+                allowed = "auto or " if name == "max_new_tokens" else ""
+                raise ValueError(f"math500 {name} must be {allowed}an int from 1 on, got {value!r}")
+        self._context_tokens: int | None = None  # what answers are fitted to
         check_installed()
+
+    def settle(self, context_tokens: int | None) -> dict[str, Any]:
+        """``max_new_tokens``, of which each prompt takes its share where the context is that short.
+
+        A number that is typed holds for every answer; a cell of the same number has the same rows.
+        """
+        if self.max_new_tokens != "auto":
+            return {}
+        self._context_tokens = context_tokens
+        self.max_new_tokens = min(MOST_NEW_TOKENS, context_tokens or MOST_NEW_TOKENS)
+        return {"max_new_tokens": self.max_new_tokens}
+
+    def advice(self, longest: Sample, context_tokens: int) -> str:
+        most = context_tokens - len(longest.prompt_token_ids)
+        if most < 1:
+            return "the prompt alone fills it: use a model with a longer context"
+        return (
+            f"use MAX_TOKENS={most} or less (task.max_new_tokens={most}), or leave it out: auto is "
+            "what each prompt leaves"
+        )
+
+    def _most_new_tokens(self, prompt_tokens: int) -> int:
+        most = self.max_new_tokens if isinstance(self.max_new_tokens, int) else MOST_NEW_TOKENS
+        if self._context_tokens is None:
+            return most
+        return max(1, min(most, self._context_tokens - prompt_tokens))
 
     def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
         """All problems once, then all again; ``seed`` changes nothing, there is no chance in them.
@@ -53,10 +84,11 @@ class Math500(Task):
                 id=content_id(self.name, self.version, row["problem"], row["answer"], repeat),
                 prompt_token_ids=prompt,
                 references=(row["answer"],),
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=self._most_new_tokens(len(prompt)),
                 document=content_id(row["problem"]),
                 meta={name: row[name] for name in ("subject", "level", "unique_id")}
-                | {"repeat": repeat, "is_sample": self.data == "sample"},
+                | {"repeat": repeat, "is_sample": self.data == "sample"}
+                | {"max_new_tokens": self._most_new_tokens(len(prompt))},
             )
             for repeat in range(self.num_samples)
             for row, prompt in zip(rows, prompts, strict=True)

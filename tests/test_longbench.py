@@ -232,8 +232,8 @@ def test_tasks_are_named_in_groups_lists_or_with_commas() -> None:
         ),
         ({"tasks": ["narrativeqa_e"]}, "unknown LongBench task 'narrativeqa_e'. Did you mean narr"),
         ({"tasks": []}, "at least one task"),
-        ({"max_length": 1}, "max_length must be an int from 2 on, got 1"),
-        ({"max_length": "4k"}, "max_length must be an int from 2 on, got '4k'"),
+        ({"max_length": 1}, "max_length must be auto, an int from 2 on or null, got 1"),
+        ({"max_length": "4k"}, "max_length must be auto, an int from 2 on or null, got '4k'"),
         ({"code_similarity": "x"}, "code_similarity must be rapidfuzz or difflib, got 'x'"),
     ],
 )

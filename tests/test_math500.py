@@ -317,7 +317,9 @@ def test_the_sample_problems_are_right_and_say_that_they_are_samples():
     assert {row["level"] for row in rows} == {1, 2, 3, 4, 5}
     for found in Math500(data="sample").samples(CharTokenizer(), 0):
         assert found.meta["is_sample"] is True
-        assert set(found.meta) == {"subject", "level", "unique_id", "repeat", "is_sample"}
+        assert set(found.meta) == {
+            "subject", "level", "unique_id", "repeat", "is_sample", "max_new_tokens"
+        }  # fmt: skip
 
 
 ROW = {
