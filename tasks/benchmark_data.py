@@ -33,9 +33,14 @@ class Source:
     settings_path: Path | None = None
     file_name: str | None = None
 
-    def rows_file(self, stem: str) -> DataFile:
-        """``<stem>.jsonl`` or ``.jsonl.gz``. Raises ValueError when there is none, or two."""
-        names = [self.file_name] if self.file_name else [f"{stem}.jsonl", f"{stem}.jsonl.gz"]
+    def rows_file(self, stem: str, hub_name: str = "") -> DataFile:
+        """``<stem>.jsonl`` or ``.jsonl.gz``, or under the hub's name, with its folder or without.
+
+        Raises ValueError when there is none, or two.
+        """
+        jsonl, hub = f"{stem}.jsonl", hub_name or f"{stem}.jsonl"
+        names = list(dict.fromkeys([jsonl, f"{jsonl}.gz", hub, hub.rpartition("/")[2]]))
+        names = [self.file_name] if self.file_name else names
         found = (
             _in_folder(self.path, names, ROW_FOLDERS)
             if self.path.is_dir()

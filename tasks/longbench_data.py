@@ -34,11 +34,11 @@ SETTINGS = (
     ),
 )
 WAYS = (
-    f"Ways to get LongBench: data=hub, with a network, downloads {DATA_ZIP.repo} (114 MB); "
-    "data=<folder> has <task>.jsonl or .jsonl.gz files; data=<zip> is its data.zip; folder and zip "
-    f"need {PROMPTS} and {LENGTHS} from "
+    "Ways to get LongBench (with make: DATA=...): task.data=hub, with a network, downloads "
+    f"{DATA_ZIP.repo} (114 MB); task.data=<folder> has <task>.jsonl or .jsonl.gz files; "
+    f"task.data=<zip> is its data.zip; folder and zip need {PROMPTS} and {LENGTHS} from "
     "https://github.com/THUDM/LongBench/tree/main/LongBench/config inside or one level up; "
-    "data=sample has 2 rows per task of kvarena's own, which are not the benchmark"
+    "task.data=sample has 2 rows per task of kvarena's own, which are not the benchmark"
 )
 FIELDS: dict[str, Field] = {
     "input": ("a text", is_text),

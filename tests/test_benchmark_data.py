@@ -274,8 +274,8 @@ from kvarena.harness.registry import build, choices, load_choice
 for name in choices("task"):
     build(load_choice("task", name))
 assert "datasets" not in sys.modules
-import kvarena.tasks.math500
-list(kvarena.tasks.math500.load_problems("sample"))
+from kvarena.tasks.math500 import Math500
+Math500(data="sample").data_fingerprint()
 assert "datasets" in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -13,11 +13,14 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hub_mirror import hub_mirror
-from kvarena.tasks import longbench_data, math500_data
+from kvarena.tasks import longbench_data, math500
 from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
+from kvarena.tasks.gsm8k import Gsm8k
 from toy_folder import save_model_folder
 
 SHARED = Path(os.environ.get("KVARENA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -153,11 +156,33 @@ def test_longbench_comes_from_the_zip_on_the_hub(
     assert [ids, fingerprint, "sample"] == json.loads(local.stdout)
 
 
+GSM8K = """
+import json, sys
+from dataclasses import replace
+from kvarena.tasks.gsm8k import Gsm8k
+pinned = replace(Gsm8k.problems.hub, sha256=sys.argv[1])
+Gsm8k.problems = replace(Gsm8k.problems, hub=pinned)
+print(json.dumps(Gsm8k.problems.load("hub")))
+"""
+
+
+def test_gsm8k_comes_from_the_parquet_on_the_hub(tmp_path: Path) -> None:
+    rows = Gsm8k.problems.load("sample")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    content = (tmp_path / "rows.parquet").read_bytes()
+    pinned = Gsm8k.problems.hub
+    with hub_mirror({(pinned.repo, pinned.revision, pinned.name): content}) as mirror:
+        done = python(tmp_path, mirror.endpoint, "-c", GSM8K, sha256(content))
+        other = python(tmp_path, mirror.endpoint, "-c", GSM8K, pinned.sha256)
+    assert json.loads(done.stdout) == rows, done.stderr
+    assert "pinned is ee7b8da9e381df27" in other.stderr
+
+
 @pytest.mark.shared_data
 def test_math500_comes_from_the_hub_by_the_command_with_its_real_pin(tmp_path: Path) -> None:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there")
-    pinned = math500_data.TEST_FILE
+    pinned = math500.TEST_FILE
     content = (SHARED / "math500" / "test.jsonl").read_bytes()
     options = ["task=math500", "task.max_new_tokens=1", "limit=1"]
     with hub_mirror({(pinned.repo, pinned.revision, pinned.name): content}) as mirror:
