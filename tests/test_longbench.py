@@ -16,7 +16,8 @@ import kvarena.conf
 from kvarena.tasks import longbench_data
 from kvarena.tasks.base import Sample
 from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
-from kvarena.tasks.longbench import NO_CHAT, LongBench, cut_middle
+from kvarena.tasks.longbench import NO_CHAT, LongBench
+from kvarena.tasks.longbench_length import cut_middle
 from kvarena.tasks.longbench_names import (
     CATEGORIES,
     E_TASKS,

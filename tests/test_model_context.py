@@ -14,7 +14,8 @@ from kvarena.harness.models import ModelSpec, load_tokenizer
 from kvarena.harness.registry import load_choice
 from kvarena.tasks.base import Sample
 from kvarena.tasks.fidelity import Fidelity
-from kvarena.tasks.longbench import LEAST_ROOM_TOKENS, LongBench, longest_prompt
+from kvarena.tasks.longbench import LongBench
+from kvarena.tasks.longbench_length import LEAST_ROOM_TOKENS, longest_prompt
 from kvarena.tasks.math500 import Math500
 from toy_folder import save_haystack, save_model_folder, toy_cell, toy_overrides
 
