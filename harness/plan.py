@@ -82,7 +82,7 @@ def _tokens_per_sec(results_dir: Path, cell: Cell) -> float | None:
         except UsageError:  # a damaged cell is no reason not to plan another
             continue
         for row in rows:
-            if row.get("status") != "ok" or row["policy"] != cell.method_label:
+            if row.get("status") != "ok" or row["policy"] != cell.method_label():
                 continue
             num_tokens += row["prompt_tokens"] + row["generated_tokens"]
             rate = row["decode_tokens_per_sec"]

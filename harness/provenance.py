@@ -10,7 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("kvarena", "torch", "transformers", "tokenizers", "hydra-core", "numpy", "flash-attn")
+_PACKAGES = (
+    "kvarena",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "hydra-core",
+    "numpy",
+    "flash-attn",
+)
 
 
 def provenance() -> dict[str, Any]:

@@ -54,6 +54,19 @@ class Task(ABC):
     # True: the answer is given, and the harness measures how the model would have answered.
     is_teacher_forced: ClassVar[bool] = False
 
+    def settle(self, context_tokens: int | None) -> dict[str, Any]:
+        """Fit what is ``auto`` to a model; returns those options by name as they are from now on.
+
+        Called once, before ``samples``. context_tokens: most tokens of prompt and answer that the
+        model handles, None if it states no limit, which is also how a task is that was never
+        settled. Raises ValueError for a context that is too short for the task.
+        """
+        return {}
+
+    def advice(self, longest: Sample, context_tokens: int) -> str:
+        """What to change, in words to paste, when that sample is too long for the context."""
+        return "use shorter prompts or fewer new tokens"
+
     @abstractmethod
     def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
         """The samples in a fixed order; the same arguments give the same samples.

@@ -1,13 +1,10 @@
 """Finding benchmark data. None of it is ever copied into kvarena.
 
 A source is a folder, a zip, one file, or the sample that comes with kvarena; the hub's files are
-downloaded to its cache and read from there. Rows are in a ``.jsonl`` or ``.jsonl.gz``; the checksum
-is that of the uncompressed bytes, so the same rows have the same one in every packing.
+downloaded to its cache and read from there.
 """
 
-import gzip
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from kvarena.tasks.benchmark_rows import DataFile
 
 SAMPLE_FOLDER = Path(__file__).parent / "sample_data"
 ROW_FOLDERS = (".", "data")
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 # Templates and lengths often lie beside the folder of rows; rows are only looked for inside it, as
 # one level up may be another version of the same task.
 SETTINGS_FOLDERS = (".", "config", "..", "../config")
@@ -35,9 +33,14 @@ class Source:
     settings_path: Path | None = None
     file_name: str | None = None
 
-    def rows_file(self, stem: str) -> DataFile:
-        """``<stem>.jsonl`` or ``.jsonl.gz``. Raises ValueError when there is none, or two."""
-        names = [self.file_name] if self.file_name else [f"{stem}.jsonl", f"{stem}.jsonl.gz"]
+    def rows_file(self, stem: str, hub_name: str = "") -> DataFile:
+        """``<stem>.jsonl`` or ``.jsonl.gz``, or under the hub's name, with its folder or without.
+
+        Raises ValueError when there is none, or two.
+        """
+        jsonl, hub = f"{stem}.jsonl", hub_name or f"{stem}.jsonl"
+        names = list(dict.fromkeys([jsonl, f"{jsonl}.gz", hub, hub.rpartition("/")[2]]))
+        names = [self.file_name] if self.file_name else names
         found = (
             _in_folder(self.path, names, ROW_FOLDERS)
             if self.path.is_dir()
@@ -76,9 +79,9 @@ def _open_path(path: Path) -> Source:
         return Source(f"folder:{path.resolve().name}", path)
     if zipfile.is_zipfile(path):
         return Source(f"zip:{path.name}", path)
-    if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
+    if path.is_file() and path.name.endswith(ROW_SUFFIXES):
         return Source(f"file:{path.name}", path.parent, file_name=path.name)
-    refused = "not a folder, not a zip and not a .jsonl or .jsonl.gz file"
+    refused = f"not a folder, not a zip and not a {', '.join(ROW_SUFFIXES)} file"
     raise ValueError(refused if path.exists() else "there is no such path")
 
 
@@ -86,23 +89,19 @@ def _in_folder(path: Path, names: Sequence[str], folders: Sequence[str]) -> list
     for folder in folders:
         found = [path / folder / name for name in names if (path / folder / name).is_file()]
         if found:
-            return [DataFile(str(file), _unpacked(str(file), file.read_bytes())) for file in found]
+            return [DataFile(file) for file in found]
     return []
 
 
 def _in_zip(path: Path, names: Sequence[str]) -> list[DataFile]:
     """Members of these names in whatever folder of the zip: LongBench's has data/, others none."""
-    found = []
     with zipfile.ZipFile(path) as archive:
-        for member in archive.namelist():
-            if member.rpartition("/")[2] in names and not member.startswith("__MACOSX/"):
-                name = f"{path}:{member}"
-                try:
-                    content = archive.read(member)
-                except (zipfile.BadZipFile, zlib.error) as error:
-                    raise ValueError(f"{name} is damaged ({error})") from error
-                found.append(DataFile(name, _unpacked(name, content)))
-    return found
+        members = archive.namelist()
+    return [
+        DataFile(path, member)
+        for member in members
+        if member.rpartition("/")[2] in names and not member.startswith("__MACOSX/")
+    ]
 
 
 def _only(found: Sequence[DataFile], names: Sequence[str], where: str) -> DataFile:
@@ -111,12 +110,3 @@ def _only(found: Sequence[DataFile], names: Sequence[str], where: str) -> DataFi
     if len(found) > 1:
         raise ValueError(f"keep one of {' and '.join(file.name for file in found)}")
     return found[0]
-
-
-def _unpacked(name: str, content: bytes) -> bytes:
-    if not name.endswith(".gz"):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{name} is not a whole gzip file ({error})") from error

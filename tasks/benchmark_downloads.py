@@ -3,13 +3,15 @@
 import hashlib
 import os
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file on the hub at one commit, with the SHA-256 of its bytes."""
+    """A file of a data set on the hub at one commit, with the SHA-256 of its bytes."""
 
     repo: str
     revision: str
@@ -17,14 +19,30 @@ class HubFile:
     sha256: str
 
     def fetch(self) -> Path:
-        """Path in the hub's cache, downloaded on first use.
+        """Path in the hub's cache, where ``datasets`` puts it on first use.
 
-        Raises OSError when it cannot be had and ValueError when it is not the file that was pinned.
+        What is there already needs no network. Raises OSError at once when the hub cannot be
+        reached, and ValueError when it is not the file that was pinned.
         """
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import try_to_load_from_cache
 
-        path = hf_hub_download(self.repo, self.name, repo_type="dataset", revision=self.revision)
-        return _pinned(Path(path), self.sha256)
+        cached = try_to_load_from_cache(
+            self.repo, self.name, revision=self.revision, repo_type="dataset"
+        )
+        return _pinned(Path(cached if isinstance(cached, str) else self._download()), self.sha256)
+
+    def _download(self) -> str:
+        from datasets import DownloadConfig, DownloadManager
+
+        # This address is asked for before the file is, and not again when there is no answer;
+        # the hub's own download would try for half a minute.
+        address = f"hf://datasets/{self.repo}@{self.revision}/{self.name}"
+        with _no_bars():
+            manager = DownloadManager(download_config=DownloadConfig(disable_tqdm=True))
+            try:
+                return manager.download(address)
+            except Exception as error:  # of the hub's http client, which changes between releases
+                raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,23 @@ class WebFile:
             partial.write_bytes(content)
             partial.replace(path)
         return _pinned(path, self.sha256)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    were_off = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            enable_progress_bars()
 
 
 def _pinned(path: Path, sha256: str) -> Path:

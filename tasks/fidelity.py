@@ -51,9 +51,19 @@ class Fidelity(Task):
             raise ValueError(f"max_tokens must be an int from 1 on, got {self.max_tokens!r}")
         if type(self.attention_recall) is not bool:
             raise ValueError(f"attention_recall must be a bool, got {self.attention_recall!r}")
-        settings |= self.options or {}
-        self._task: Task = build(settings)
-        self._inner_id = content_id(self._task.version, settings)[:8]
+        self._settings = settings | dict(self.options or {})
+        self._task: Task = build(self._settings)
+
+    def settle(self, context_tokens: int | None) -> dict[str, Any]:
+        """``options``, with those that were ``auto`` of the task within."""
+        settled = self._task.settle(context_tokens)
+        self._settings |= settled
+        return {"options": {**(self.options or {}), **settled}} if settled else {}
+
+    def advice(self, longest: Sample, context_tokens: int) -> str:
+        return (
+            f"give task.options of {self.of} that make shorter prompts, or a lower task.max_tokens"
+        )
 
     # One table must not average over tasks or over what was forced, so both are in the name.
     @property
@@ -64,7 +74,7 @@ class Fidelity(Task):
     @property
     def version(self) -> str:  # type: ignore[override]
         """Changes with the version and with every option of the task within, defaults included."""
-        return f"1-{self._inner_id}"
+        return f"1-{content_id(self._task.version, self._settings)[:8]}"
 
     def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
         """Those of the task within, under ids of their own, with at most ``max_tokens`` to answer.

@@ -26,6 +26,7 @@ from kvarena.tasks.base import (
 from kvarena.tasks.benchmark_rows import Row
 from kvarena.tasks.longbench_averages import macro_averages
 from kvarena.tasks.longbench_data import TaskData, load_tasks
+from kvarena.tasks.longbench_length import cut_middle, longest_prompt
 from kvarena.tasks.longbench_metrics import CODE_SIMILARITIES, all_scores, score_prediction
 from kvarena.tasks.longbench_names import NEEDS_JIEBA, base_task, chosen_tasks
 from kvarena.tasks.token_f1 import chinese_segmenter
@@ -46,18 +47,44 @@ class LongBench(Task):
     version: ClassVar[str] = "1"
 
     tasks: tuple[str, ...] | str = "all"
-    max_length: int = 3500  # tokens of a prompt without its chat template
+    # Tokens of a prompt without its chat template; auto: what suits the model; None: no limit.
+    max_length: int | str | None = "auto"
     data: str = "hub"
     code_similarity: str = "rapidfuzz"
 
     def __post_init__(self) -> None:
         self.tasks = chosen_tasks(self.tasks)
         self.data = str(self.data)
-        if type(self.max_length) is not int or self.max_length < 2:
-            raise ValueError(f"max_length must be an int from 2 on, got {self.max_length!r}")
+        self._is_auto = False  # until settled
+        is_length = type(self.max_length) is int and self.max_length >= 2
+        if not is_length and self.max_length not in ("auto", None):
+            raise ValueError(
+                f"max_length must be auto, an int from 2 on or null, got {self.max_length!r}"
+            )
         if self.code_similarity not in CODE_SIMILARITIES:
             allowed = " or ".join(CODE_SIMILARITIES)
             raise ValueError(f"code_similarity must be {allowed}, got {self.code_similarity!r}")
+
+    def settle(self, context_tokens: int | None) -> dict[str, Any]:
+        """``max_length``, the longest prompt that suits the model."""
+        self._is_auto = self.max_length == "auto"
+        if not self._is_auto:
+            return {}
+        self.max_length = None if context_tokens is None else longest_prompt(context_tokens)
+        return {"max_length": self.max_length}
+
+    def advice(self, longest: Sample, context_tokens: int) -> str:
+        if not self._is_auto or self.max_tokens is None:
+            return "leave out MAX_LENGTH (task.max_length=auto): what it stands for suits the model"
+        # The chat template is longer than the room for it.
+        excess_tokens = len(longest.prompt_token_ids) + longest.max_new_tokens - context_tokens
+        most = self.max_tokens - excess_tokens
+        return f"use MAX_LENGTH={most} or less (task.max_length={most})"
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most tokens of a prompt without its chat template; None if it is never cut."""
+        return self.max_length if isinstance(self.max_length, int) else None
 
     def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
         """Task by task, the first ``limit`` rows of each; there is no chance in them.
@@ -99,7 +126,7 @@ class LongBench(Task):
         task = base_task(data.task)
         prompt, context_end = data.render(row)
         text, text_context_end, num_tokens = cut_middle(
-            tokenizer, prompt, context_end, self.max_length
+            tokenizer, prompt, context_end, self.max_tokens
         )
         chat = task not in NO_CHAT
         meta: dict[str, Any] = {  # Any: JSON values
@@ -107,9 +134,9 @@ class LongBench(Task):
             "language": row["language"],
             "length": row["length"],
             "row_id": row["_id"],
-            "truncated": num_tokens > self.max_length,
+            "truncated": self.max_tokens is not None and num_tokens > self.max_tokens,
             "prompt_tokens_before_truncation": num_tokens,
-            "max_length": self.max_length,
+            "max_length": self.max_tokens,
             "data": data.source,
             "data_sha256": data.sha256[:16],
             "settings_sha256": data.settings_sha256[:16],
@@ -130,23 +157,3 @@ class LongBench(Task):
             part=data.task,
             meta=meta,
         )
-
-
-def cut_middle(
-    tokenizer: Tokenizer, prompt: str, context_end: int, max_length: int
-) -> tuple[str, int, int]:
-    """The prompt without its middle, where its context ends, and its tokens before the cut.
-
-    A prompt of more than ``max_length`` tokens, special ones included, keeps the first and the last
-    half of that many, decoded apart and joined as text. context_end: index of a character.
-    """
-    token_ids = tokenizer.encode(prompt)
-    if len(token_ids) <= max_length:
-        return prompt, context_end, len(token_ids)
-    half = int(max_length / 2)
-    head = tokenizer.decode(token_ids[:half], skip_special_tokens=True)
-    tail = tokenizer.decode(token_ids[-half:], skip_special_tokens=True)
-    num_after = len(prompt) - context_end
-    # The end of the context is in the tail, or the cut took it, or the head has all of the context.
-    end = len(head + tail) - num_after if num_after <= len(tail) else min(context_end, len(head))
-    return head + tail, end, len(token_ids)

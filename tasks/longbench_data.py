@@ -4,6 +4,7 @@ The benchmark's own release is ``data.zip`` on the Hugging Face hub; templates a
 its repository on GitHub. Both are pinned to a commit and checked against a SHA-256.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -33,11 +34,11 @@ SETTINGS = (
     ),
 )
 WAYS = (
-    f"Ways to get LongBench: data=hub, with a network, downloads {DATA_ZIP.repo} (114 MB); "
-    "data=<folder> has <task>.jsonl or .jsonl.gz files; data=<zip> is its data.zip; folder and zip "
-    f"need {PROMPTS} and {LENGTHS} from "
+    "Ways to get LongBench (with make: DATA=...): task.data=hub, with a network, downloads "
+    f"{DATA_ZIP.repo} (114 MB); task.data=<folder> has <task>.jsonl or .jsonl.gz files; "
+    f"task.data=<zip> is its data.zip; folder and zip need {PROMPTS} and {LENGTHS} from "
     "https://github.com/THUDM/LongBench/tree/main/LongBench/config inside or one level up; "
-    "data=sample has 2 rows per task of kvarena's own, which are not the benchmark"
+    "task.data=sample has 2 rows per task of kvarena's own, which are not the benchmark"
 )
 FIELDS: dict[str, Field] = {
     "input": ("a text", is_text),
@@ -78,7 +79,7 @@ def load_tasks(data: str, tasks: Sequence[str]) -> list[TaskData]:
     """All rows of all tasks. ValueError for missing data; for a bad row: file, line and field."""
     source = open_source(data, "longbench", open_hub, WAYS)
     prompts, lengths = (_settings(source, name) for name in (PROMPTS, LENGTHS))
-    settings_sha256 = DataFile("", prompts.content + lengths.content).sha256
+    settings_sha256 = hashlib.sha256(prompts.content + lengths.content).hexdigest()
     templates, maxlens = prompts.mapping(), lengths.mapping()
     loaded = []
     for task in tasks:

@@ -9,104 +9,43 @@ Differs from the paper: math-verify compares the answers, not the graders of eit
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import pandas as pd
+from kvarena.tasks.benchmark_downloads import HubFile
+from kvarena.tasks.benchmark_rows import Row, is_count
+from kvarena.tasks.math_problems import TEXT, ProblemSet
+from kvarena.tasks.math_task import MathTask
 
-from kvarena.tasks.base import Sample, Task, Tokenizer, content_id, render_prompt, rows_fingerprint
-from kvarena.tasks.math500_data import load_problems
-from kvarena.tasks.math_answers import graded, is_correct, last_box, normalised
-from kvarena.tasks.math_grader import check_installed
-
-__all__ = ["Math500", "is_correct", "math500_summary"]
-
-INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+# The checksum is also that of the original, prm800k/math_splits/test.jsonl of
+# https://github.com/openai/prm800k.
+TEST_FILE = HubFile(
+    repo="HuggingFaceH4/MATH-500",
+    revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
+    name="test.jsonl",
+    sha256="35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
+)
 
 
 @dataclass(kw_only=True)
-class Math500(Task):
-    """Each problem ``num_samples`` times. ValueError on a bad option or a bad row of data."""
+class Math500(MathTask):
+    """data: hub, sample, or test.jsonl (.gz), or a folder or zip with it. Raises as MathTask."""
 
     name: ClassVar[str] = "math500"
     version: ClassVar[str] = "1"
+    problems: ClassVar[ProblemSet] = ProblemSet(
+        title="MATH-500",
+        folder="math500",
+        hub=TEST_FILE,
+        fields={
+            "problem": TEXT,
+            "solution": TEXT,
+            "answer": TEXT,
+            "subject": TEXT,
+            "level": ("a whole number", is_count),
+            "unique_id": TEXT,
+        },
+        unique=("unique_id",),
+    )
 
-    data: str = "hub"  # hub | sample | test.jsonl (.gz), or a folder or zip with it
-    num_samples: int = 1
-    max_new_tokens: int = 32768
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"math500 {name} must be an int from 1 on, got {value!r}")
-        check_installed()
-
-    def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
-        """All problems once, then all again; ``seed`` changes nothing, there is no chance in them.
-
-        Every repeat is a sample with an id of its own and so draws other random numbers.
-        """
-        rows = load_problems(str(self.data))
-        prompts = [tuple(render_prompt(tokenizer, _prompt(row["problem"]))) for row in rows]
-        return [
-            Sample(
-                id=content_id(self.name, self.version, row["problem"], row["answer"], repeat),
-                prompt_token_ids=prompt,
-                references=(row["answer"],),
-                max_new_tokens=self.max_new_tokens,
-                document=content_id(row["problem"]),
-                meta={name: row[name] for name in ("subject", "level", "unique_id")}
-                | {"repeat": repeat, "is_sample": self.data == "sample"},
-            )
-            for repeat in range(self.num_samples)
-            for row, prompt in zip(rows, prompts, strict=True)
-        ][:limit]
-
-    def data_fingerprint(self) -> str:
-        return rows_fingerprint(load_problems(str(self.data)))
-
-    @classmethod
-    def summaries(cls, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-        return {"pass": math500_summary(rows)}
-
-    def score(self, sample: Sample, text: str, *, finished: bool = True) -> dict[str, float]:
-        """``score``: right by algebra; ``boxed_em``: the same string up to spacing and style.
-
-        finished: False for an answer cut off by ``max_new_tokens``, which counts as wrong even with
-        a box in it: that box was not the last word. Raises UndecidedError when math-verify comes to
-        no end: such an answer has no score.
-        """
-        box, gold = last_box(text), sample.references[0]
-        same_text = finished and box is not None and normalised(box) == normalised(gold)
-        right = same_text or (finished and graded(text, gold))
-        return {"score": float(right), "boxed_em": float(same_text)}
-
-
-def math500_summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line for each model, policy and budget of MATH-500 ``rows``, as stored in results.
-
-    pass_at_1: mean over the answers to a problem, then over problems; pass_at_1_se: its standard
-    error over problems (NaN for one). truncation_rate: share of answers cut off by the token limit,
-    which are wrong whatever their score. Rows with a status other than "ok" are left out.
-    """
-    rows = rows[(rows["task"] == Math500.name) & (rows["status"] == "ok")]
-    cut = rows["finish_reason"] == "length"
-    rows = rows.assign(cut=cut, score=rows["score"].astype(float).mask(cut, 0.0))
-    cell = ["model", "policy", "budget"]
-    problems = rows.groupby([*cell, "meta_unique_id"], sort=False)["score"].mean().groupby(cell)
-    answers = rows.groupby(cell)
-    return pd.DataFrame(
-        {
-            "num_problems": problems.size(),
-            "num_answers": answers.size(),
-            "pass_at_1": problems.mean(),
-            "pass_at_1_se": problems.sem(),
-            "truncation_rate": answers["cut"].mean(),
-            "mean_generated_tokens": answers["generated_tokens"].mean(),
-            "is_sample": answers["meta_is_sample"].any(),
-        }
-    ).reset_index()
-
-
-def _prompt(problem: str) -> str:
-    return f"{problem}\n{INSTRUCTION}"
+    def about(self, row: Row) -> dict[str, Any]:
+        return {name: row[name] for name in ("subject", "level", "unique_id")}

@@ -31,16 +31,19 @@ def graded(prediction: str, answer: str) -> bool:
     Raises UndecidedError when math-verify does not come to an end within seconds.
     """
     box = last_box(prediction)
-    if box is None or not box.strip():
-        return False
-    ours, gold = normalised(box), normalised(answer)
+    return box is not None and bool(box.strip()) and same_answer(box, answer)
+
+
+def same_answer(given: str, answer: str) -> bool:
+    """Whether an answer that is given on its own equals the right one. Raises as ``graded``."""
+    ours, gold = normalised(given), normalised(answer)
     if ours == gold or (gold.isalpha() and len(gold) > 1 and ours.casefold() == gold.casefold()):
         return True
     bases = [BASE.search(text) for text in (ours, gold)]
     # math-verify leaves the base out, so 25_7 would equal 25_8.
     if bases[0] and bases[1] and bases[0][1] != bases[1][1]:
         return False
-    return are_equal(_for_math_verify(answer), _for_math_verify(box))
+    return are_equal(_for_math_verify(answer), _for_math_verify(given))
 
 
 def last_box(text: str) -> str | None:

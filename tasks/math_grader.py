@@ -47,7 +47,7 @@ def are_equal(gold: str, prediction: str) -> bool:
 def check_installed() -> None:
     """Raises ValueError if math-verify is missing."""
     if importlib.util.find_spec("math_verify") is None:
-        raise ValueError("math500 needs math-verify, which is missing: pip install math-verify")
+        raise ValueError("math-verify, which compares answers, is missing: pip install math-verify")
 
 
 class Grader:

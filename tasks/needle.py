@@ -83,6 +83,12 @@ class Needle(Task):
             samples.append(self._sample(stretch, values, meta))
         return samples
 
+    def advice(self, longest: Sample, context_tokens: int) -> str:
+        most = context_tokens - longest.max_new_tokens
+        if most < 64:
+            return f"use task.max_new_tokens below {self.max_new_tokens}"
+        return f"use LENGTHS={most} or less (task.lengths=[{most}])"
+
     def data_fingerprint(self) -> str:
         return content_id(load_sentences(self.haystack))
 

@@ -78,6 +78,9 @@ class Ruler(Task):
             for index, length, task in islice(wanted, limit)
         ]
 
+    def advice(self, longest: Sample, context_tokens: int) -> str:
+        return f"use LENGTHS={context_tokens} or less (task.lengths=[{context_tokens}])"
+
     def data_fingerprint(self) -> str:
         questions = [asdict(self._question_sets[task]) for task in sorted(self._question_sets)]
         return content_id(load_sentences(self.haystack), questions)

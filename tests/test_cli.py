@@ -159,8 +159,11 @@ def ids(rows: list[dict]) -> list[str]:
         ("budget=64,96", "--multirun"),
         ("policy=snapkv budget=32", "32 tokens leaves nothing to choose: 32 tokens are protected"),
         ("policy.sinks=4 policy.recent=60", "64 tokens leaves nothing to choose: 64 tokens are"),
-        ("task.lengths=[1100]", f"over the model's context of {CONTEXT_TOKENS}; use shorter"),
-        ("task.max_new_tokens=900", f"over the model's context of {CONTEXT_TOKENS}; use shorter"),
+        (
+            "task.lengths=[1100]",
+            f"over the model's context of {CONTEXT_TOKENS}; use LENGTHS=1018 or",
+        ),
+        ("task.max_new_tokens=900", f"context of {CONTEXT_TOKENS}; use LENGTHS=124 or less (task."),
         ("task.lengths=[64]", "length 64 is too small"),
         ("task.lengths=abc", "lengths must be a list of different int values"),
         ("task.haystack=/nowhere", "haystack '/nowhere' is not a folder"),

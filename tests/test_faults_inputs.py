@@ -25,7 +25,8 @@ from faulty import Kvarena, comparable, no_model_loads, read_rows
 from kvarena.harness.engine import Engine
 from kvarena.policies.keydiff import KeyDiff
 from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
-from kvarena.tasks.math500 import Math500, is_correct
+from kvarena.tasks.math500 import Math500
+from kvarena.tasks.math_answers import is_correct
 from kvarena.tasks.needle import Needle
 from toy_folder import toy_overrides
 from toys import toy_model, toy_prompt
@@ -130,7 +131,7 @@ def test_a_prompt_over_the_context_is_refused_by_name(math: Kvarena) -> None:
     save_problems(math, "short", "long " * 300)
     line = check_refused(math)
     assert re.search(r"sample [0-9a-f]{16} has 1\d\d\d tokens, with 3 new ones 1\d\d\d: over", line)
-    assert "over the model's context of 1024; use shorter prompts or fewer new tokens" in line
+    assert "over the model's context of 1024; the prompt alone fills it: use a model with a" in line
 
 
 def test_a_prompt_that_fits_only_without_its_answer_is_refused(math: Kvarena) -> None:
@@ -138,6 +139,10 @@ def test_a_prompt_that_fits_only_without_its_answer_is_refused(math: Kvarena) ->
     assert math("mode=plan").code == 0
     line = check_refused(math, "task.max_new_tokens=900")
     assert "over the model's context of 1024" in line
+    most = re.search(r"use MAX_TOKENS=(\d+) or less \(task\.max_new_tokens=\1\)", line)
+    assert most, line
+    assert math("mode=plan", f"task.max_new_tokens={most[1]}").code == 0
+    assert math("mode=plan", f"task.max_new_tokens={int(most[1]) + 1}").code == 2
 
 
 def test_a_prompt_that_is_cut_says_so_with_both_lengths(longbench: Kvarena) -> None:

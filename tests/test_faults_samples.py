@@ -24,9 +24,10 @@ from kvarena.policies.base import LayerView
 from kvarena.policies.keydiff import KeyDiff
 from kvarena.tasks import math_grader
 from kvarena.tasks.base import Sample, Task
+from kvarena.tasks.gsm8k import Gsm8k
 from kvarena.tasks.longbench import LongBench
-from kvarena.tasks.math500 import Math500, is_correct
-from kvarena.tasks.math_answers import last_box
+from kvarena.tasks.math500 import Math500
+from kvarena.tasks.math_answers import is_correct, last_box
 from kvarena.tasks.math_grader import UndecidedError
 from kvarena.tasks.needle import Needle
 from toy_folder import toy_overrides
@@ -305,6 +306,7 @@ def longbench_sample(dataset: str) -> Sample:
 SCORERS: dict[str, tuple[Callable[[], Task], Callable[[], Sample]]] = {
     "needle": (lambda: Needle(), lambda: math_sample("1234567")),
     "math500": (lambda: Math500(data="sample"), lambda: math_sample("5")),
+    "gsm8k": (lambda: Gsm8k(data="sample"), lambda: math_sample("5")),
     **{
         name: (lambda: LongBench(data="sample", tasks="qasper"), lambda n=name: longbench_sample(n))
         for name in ("qasper", "gov_report", "trec", "lcc", "passage_count", "passage_retrieval_en")

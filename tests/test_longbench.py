@@ -16,7 +16,8 @@ import kvarena.conf
 from kvarena.tasks import longbench_data
 from kvarena.tasks.base import Sample
 from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
-from kvarena.tasks.longbench import NO_CHAT, LongBench, cut_middle
+from kvarena.tasks.longbench import NO_CHAT, LongBench
+from kvarena.tasks.longbench_length import cut_middle
 from kvarena.tasks.longbench_names import (
     CATEGORIES,
     E_TASKS,
@@ -232,8 +233,8 @@ def test_tasks_are_named_in_groups_lists_or_with_commas() -> None:
         ),
         ({"tasks": ["narrativeqa_e"]}, "unknown LongBench task 'narrativeqa_e'. Did you mean narr"),
         ({"tasks": []}, "at least one task"),
-        ({"max_length": 1}, "max_length must be an int from 2 on, got 1"),
-        ({"max_length": "4k"}, "max_length must be an int from 2 on, got '4k'"),
+        ({"max_length": 1}, "max_length must be auto, an int from 2 on or null, got 1"),
+        ({"max_length": "4k"}, "max_length must be auto, an int from 2 on or null, got '4k'"),
         ({"code_similarity": "x"}, "code_similarity must be rapidfuzz or difflib, got 'x'"),
     ],
 )

@@ -15,12 +15,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvarena.tasks import math500_data, math_grader
+from kvarena.tasks import math500, math_grader
 from kvarena.tasks.base import Sample
 from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
-from kvarena.tasks.math500 import Math500, is_correct, math500_summary
-from kvarena.tasks.math500_data import FIELDS
-from kvarena.tasks.math_answers import last_box, normalised
+from kvarena.tasks.math500 import Math500
+from kvarena.tasks.math_answers import is_correct, last_box, normalised
+from kvarena.tasks.math_task import pass_at_1
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "math500"
 SAMPLE_FILE = SAMPLE_FOLDER / "math500" / "test.jsonl"
@@ -234,7 +234,7 @@ def test_threads_share_the_child():
 
 SCRIPT = r"""
 import os
-from kvarena.tasks.math500 import is_correct
+from kvarena.tasks.math_answers import is_correct
 from kvarena.tasks.math_grader import _grader
 assert is_correct(r"\boxed{0.5}", "1/2")
 child = os.fork()
@@ -311,13 +311,15 @@ def test_the_sample_problems_are_right_and_say_that_they_are_samples():
     rows = [json.loads(line) for line in SAMPLE_FILE.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == len({row["unique_id"] for row in rows}) == 20
     for row in rows:
-        assert tuple(row) == tuple(FIELDS)
+        assert tuple(row) == tuple(Math500.problems.fields)
         assert is_correct(row["solution"], row["answer"])
     assert len({row["subject"] for row in rows}) == 7
     assert {row["level"] for row in rows} == {1, 2, 3, 4, 5}
     for found in Math500(data="sample").samples(CharTokenizer(), 0):
         assert found.meta["is_sample"] is True
-        assert set(found.meta) == {"subject", "level", "unique_id", "repeat", "is_sample"}
+        assert set(found.meta) == {
+            "subject", "level", "unique_id", "repeat", "is_sample", "max_new_tokens"
+        }  # fmt: skip
 
 
 ROW = {
@@ -372,7 +374,7 @@ def test_a_folder_without_the_file_comes_with_every_way_to_get_it(tmp_path):
 
 def test_the_hub_gives_the_pinned_file(tmp_path, monkeypatch):
     (tmp_path / "test.jsonl").write_text(json.dumps(ROW), encoding="utf-8")
-    monkeypatch.setattr(math500_data.HubFile, "fetch", lambda file: tmp_path / file.name)
+    monkeypatch.setattr(math500.HubFile, "fetch", lambda file: tmp_path / file.name)
     (found,) = Math500(data="hub").samples(CharTokenizer(), 0)
     assert found.references == ("2",)
     assert found.meta["is_sample"] is False
@@ -403,13 +405,16 @@ def test_the_summary_averages_over_repeats_then_problems():
     rows = pd.DataFrame(
         {
             "task": "math500", "model": "m", "policy": "keydiff", "budget": "512", "status": "ok",
-            "meta_unique_id": name, "score": score, "finish_reason": reason,
+            "document": name, "score": score, "finish_reason": reason,
             "generated_tokens": num_tokens, "meta_is_sample": True,
         }
         for name, score, reason, num_tokens in answers
     )  # fmt: skip
     others = rows.assign(task="needle"), rows.assign(status="error")
-    (line,) = math500_summary(pd.concat([rows, *others])).to_dict("records")
+    summaries = Math500.summaries(pd.concat([rows, *others]))
+    assert list(summaries) == ["pass"]
+    (line,) = summaries["pass"].to_dict("records")
+    assert pass_at_1(rows).to_dict("records") == [line]
     assert line["num_problems"] == 2
     assert line["num_answers"] == 5
     assert line["pass_at_1"] == pytest.approx((1 / 3 + 1) / 2)  # the cut off answer is wrong
@@ -427,7 +432,7 @@ def test_all_gold_answers_equal_themselves_and_no_different_neighbour():
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there")
     content = (SHARED / "test.jsonl").read_bytes()
-    assert hashlib.sha256(content).hexdigest() == math500_data.TEST_FILE.sha256
+    assert hashlib.sha256(content).hexdigest() == math500.TEST_FILE.sha256
     found = Math500(data=str(SHARED)).samples(CharTokenizer(), 0)
     golds = [s.references[0] for s in found]
     assert len(golds) == 500

@@ -69,12 +69,16 @@ def check_budget(policy: Policy, budget_tokens: int | None, question_tokens: int
 
 
 def check_context(
-    name: str, prompt_tokens: int, max_new_tokens: int, limit_tokens: int | None
+    name: str,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    limit_tokens: int | None,
+    advice: str = "use shorter prompts or fewer new tokens",
 ) -> None:
-    """Raise UsageError if prompt and answer do not fit the model's context."""
+    """Raise UsageError, with the advice, if prompt and answer do not fit the model's context."""
     needed = prompt_tokens + max_new_tokens
     if limit_tokens is not None and needed > limit_tokens:
         raise UsageError(
             f"{name} has {prompt_tokens} tokens, with {max_new_tokens} new ones {needed}: over the "
-            f"model's context of {limit_tokens}; use shorter prompts or fewer new tokens"
+            f"model's context of {limit_tokens}; {advice}"
         )
