@@ -117,9 +117,9 @@ class Cell:
     @cached_property
     def _settled_options(self) -> dict[str, Any]:
         """What stands for the options of the task that were auto."""
-        task = self._unsettled_task
+        task, context_tokens = self._unsettled_task, self.context_tokens
         try:
-            return task.settle(self.context_tokens)
+            return task.settle(context_tokens)
         except ValueError as error:
             raise UsageError(f"{task.name}: {error}") from error
 
