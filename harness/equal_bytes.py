@@ -5,13 +5,14 @@
 README's table.
 """
 
-import sys
 from pathlib import Path
 
 import pandas as pd
 
 from kvarena.harness import charts, tables
 from kvarena.harness.comparison import CELL, compare_cells
+from kvarena.harness.entry import on_folder
+from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.reference import REPOSITORY, with_table, without_texts
 from kvarena.harness.report import own_summaries
@@ -23,8 +24,15 @@ _MEASURES = ["bits_per_value", "compression_ratio", "budget_tokens"]
 
 
 def main() -> None:
-    """Write everything from the cells below the folder named by the argument."""
-    rows = read_rows(sorted(find_cells(Path(sys.argv[1]))))
+    """The argument is the results folder of the runs."""
+    on_folder(renew, __doc__)
+
+
+def renew(results_dir: Path) -> None:
+    """Write everything from the cells below the folder. Raises UsageError where there are none."""
+    rows = read_rows(sorted(find_cells(results_dir)))
+    if rows.empty:
+        raise UsageError(f"no cells in {results_dir}; make equal-bytes runs them")
     target = REPOSITORY / "results" / NAME
     is_forced = rows["task"].str.startswith("fidelity")
     if is_forced.any():

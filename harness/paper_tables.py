@@ -7,7 +7,6 @@ graphicx for wide tables).
 """
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas as pd
 
 from kvarena.harness import table_notes
 from kvarena.harness.comparison import SECTION, compare_cells, compare_pairs, is_full_cache
+from kvarena.harness.entry import on_folder
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import file_name, replacing
 from kvarena.harness.published import beside, with_parts
@@ -63,14 +63,7 @@ class Grid:
 
 def main() -> None:
     """Write the tables of the folder that the argument names; exits with 2 on bad input."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m kvarena.harness.paper_tables <results_dir>")
-    try:
-        for path in write_tables(Path(sys.argv[1])):
-            print(path)
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    on_folder(lambda folder: print(*write_tables(folder), sep="\n"), __doc__)
 
 
 def write_tables(results_dir: Path) -> list[Path]:
