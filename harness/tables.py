@@ -38,7 +38,8 @@ def print_summary(summary: pd.DataFrame, stream: TextIO | None = None) -> None:
             # A name that the stream cannot spell must not end a finished run.
             text = _plain_table(title, lines).encode(encoding, "replace").decode(encoding)
             print(text, file=stream)
-    print(_footnote(summary), file=stream)
+    if summary["slots"].notna().any():  # else no sample was answered, and there are no times
+        print(_footnote(summary), file=stream)
 
 
 def _with_texts(summary: pd.DataFrame) -> pd.DataFrame:
