@@ -4,12 +4,14 @@
 answer whose scores change gets a further row, and the last row of a sample is the one that counts.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kvarena.harness.answers import score
+from kvarena.harness.entry import on_folder
 from kvarena.harness.errors import UsageError
 from kvarena.harness.provenance import commit_label, now
 from kvarena.harness.registry import build
@@ -69,12 +71,16 @@ def _score_of(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """The argument is a results folder; cells of forced answers are named and passed over."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m kvarena.harness.rescore <results_dir>")
-    cells = find_cells(Path(sys.argv[1]))
+    on_folder(rescore, __doc__)
+
+
+def rescore(results_dir: Path) -> None:
+    """All cells of a folder. Raises UsageError where there are none, or nothing can be written."""
+    cells = find_cells(results_dir)
     if not cells:
-        print(f"error: no cells in {sys.argv[1]}; run something first", file=sys.stderr)
-        sys.exit(2)
+        raise UsageError(f"no cells in {results_dir}; run something first")
+    if not os.access(cells[0], os.W_OK):
+        raise UsageError(f"{results_dir} cannot be written, and new scores go there; copy it first")
     for path in cells:
         try:
             num_scored, num_changed = rescore_cell(path)

@@ -5,7 +5,6 @@ without a row are the missing ones.
 """
 
 import fcntl
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from kvarena.harness.entry import on_folder
 from kvarena.harness.errors import UsageError
 from kvarena.harness.results import find_cells, read_lines, read_status
 
@@ -89,7 +89,7 @@ def _cell_status(path: Path) -> CellStatus:
 def _is_locked(path: Path) -> bool:
     """Whether a living process writes the cell: its lock ends with it, whatever killed it."""
     for lock in path.glob(".lock*"):  # of the cell, and of each of its shards
-        with lock.open("a+") as stream:
+        with lock.open() as stream:  # for reading, as the folder may be read-only
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -118,13 +118,7 @@ def print_statuses(statuses: Sequence[CellStatus]) -> None:
 
 def main() -> None:
     """The argument is a results folder."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m kvarena.harness.status <results_dir>")
-    try:
-        print_statuses(cell_statuses(Path(sys.argv[1])))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    on_folder(lambda folder: print_statuses(cell_statuses(folder)), __doc__)
 
 
 if __name__ == "__main__":
