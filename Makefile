@@ -80,7 +80,7 @@ endif
 
 MISPLACED := $(filter $(RUN_VARIABLES),$(GIVEN))
 RUN_TARGETS := demo needle longbench math500 gsm8k aime25 ruler fidelity plan
-RESULTS_TARGETS := status table report rescore
+RESULTS_TARGETS := status drop-planned table report rescore
 ifneq ($(filter $(RESULTS_TARGETS),$(MAKECMDGOALS)),)
 MISPLACED := $(filter-out RESULTS,$(MISPLACED))
 endif
@@ -217,8 +217,12 @@ plan: .venv/.stamp ## cells, samples, tokens, KV memory and time of such a comma
 FROM = $(or $(value RESULTS),results)
 
 .PHONY: status
-status: .venv/.stamp ## which cells are done, failed, running or missing
+status: .venv/.stamp ## every cell: done, failed, running or missing
 	@.venv/bin/python -m kvarena.harness.status '$(FROM)' $(UNREAD)
+
+.PHONY: drop-planned
+drop-planned: .venv/.stamp ## forget cells that were planned and never began; no row is touched
+	@.venv/bin/python -m kvarena.harness.status '$(FROM)' --drop-planned
 
 .PHONY: table
 table: .venv/.stamp ## all rows as Parquet and CSV; tables for papers in Markdown and LaTeX

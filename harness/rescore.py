@@ -19,6 +19,7 @@ from kvarena.harness.results import CellFolder, find_cells, read_manifest
 from kvarena.tasks.base import Sample, Task
 
 _SCORABLE = ("ok", "score_error")
+_NEEDED = ("references", "document", "part", "prediction", "finish_reason")
 
 
 def rescore_cell(path: Path) -> tuple[int, int]:
@@ -28,7 +29,10 @@ def rescore_cell(path: Path) -> tuple[int, int]:
     """
     identity = read_manifest(path)["identity"]
     settings = {k: v for k, v in identity["task"].items() if k not in ("name", "version")}
-    task: Task = build(settings)
+    try:
+        task: Task = build(settings)
+    except (KeyError, UsageError) as error:
+        raise UsageError(f"{path} is of a task that cannot be built here: {error}") from error
     if task.is_teacher_forced:
         raise UsageError(f"{path}: {task.name} measures logits, which are not stored; run it again")
     folder = CellFolder(path.parents[3], {k: v for k, v in identity.items() if k != "schema"})
@@ -40,6 +44,12 @@ def rescore_cell(path: Path) -> tuple[int, int]:
         for row in folder.rows():
             if row.get("status") not in _SCORABLE:
                 continue
+            missing = [name for name in _NEEDED if row.get(name) is None]
+            if missing:
+                raise UsageError(
+                    f"{path}: sample {row['sample_id']} has no {', '.join(missing)}; move the "
+                    "folder away to run the cell again"
+                )
             num_scored += 1
             found = {"status": "ok", **_score_of(task, row)}
             if found["status"] != "ok" and row["status"] == "ok":

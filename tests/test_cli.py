@@ -355,7 +355,8 @@ def test_the_same_command_again_loads_no_model_and_adds_no_row(
     first = kvarena()
     assert loads == ["toy"]
     before = {path: path.read_bytes() for path in results.glob("runs/**/*.json*")}
-    assert {path.name for path in before} == {"manifest.json", "samples.jsonl", "status.json"}
+    names = {"manifest.json", "sample_ids.json", "samples.jsonl", "status.json"}
+    assert {path.name for path in before} == names
     second = kvarena()
     assert (first.code, second.code) == (0, 0)
     assert loads == ["toy"]
