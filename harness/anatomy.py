@@ -16,7 +16,6 @@ same engine with one chunk as long as the prompt.
 """
 
 import json
-import sys
 from collections.abc import Sequence as Seq
 from itertools import product
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvarena.harness.engine import Engine, KeptTokens
-from kvarena.harness.errors import UsageError
+from kvarena.harness.entry import on_folder
 from kvarena.harness.files import replacing
 from kvarena.harness.key_geometry import KeyProbe, agreement
 from kvarena.harness.models import load_model
@@ -46,10 +45,14 @@ KEYS_STEP = 4
 
 
 def main() -> None:
-    """Record into the folder that the only argument names."""
-    if len(sys.argv) != 2:
-        raise UsageError("give one folder: python -m kvarena.harness.anatomy results/anatomy")
-    folder, origin = Path(sys.argv[1]), provenance()
+    """The argument is the folder to write."""
+    on_folder(record_into, __doc__)
+
+
+def record_into(folder: Path) -> None:
+    """All tables and the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told now
+    origin = provenance()
     model, tokenizer = load_model(MODEL, dtype="float32")
     samples = [
         sample

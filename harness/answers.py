@@ -17,6 +17,7 @@ from kvarena.harness.fidelity import forced_answers
 from kvarena.harness.kv_bytes import compression
 from kvarena.harness.progress import TokenProgress
 from kvarena.harness.provenance import commit_label
+from kvarena.harness.row_files import is_score
 from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
 
 Planned = tuple[Sample, Allowance]
@@ -124,9 +125,12 @@ def _forced_rows(job: Job, planned: Sequence[Planned]) -> Iterator[dict[str, Any
 def score(task: Task, sample: Sample, text: str, *, finished: bool) -> dict[str, Any]:
     """What the task's metrics add to a row; a scorer that fails gives a status and no score."""
     try:
-        return task.score(sample, text, finished=finished)
+        found = task.score(sample, text, finished=finished)
+        if not is_score(found.get("score")):
+            raise ValueError(f"a score is a number from 0 to 1, got {found.get('score')!r}")
     except Exception as error:  # a scorer's bug must not cost the answer, nor count as zero
         return {"status": "score_error", "error": f"{type(error).__name__}: {error}"}
+    return found
 
 
 def failure(error: Exception) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from kvarena.harness.errors import UsageError
 
@@ -65,7 +66,8 @@ def parse_budget(text: str | int) -> Budget:
         return Budget(label=label, ratio=float(match[1]) / 100)
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(kb|mb|gb)", label)
     if match and float(match[1]) > 0:
-        number, unit = float(match[1]), match[2]
+        number, unit = Decimal(match[1]), match[2]
         num_bytes = round(number * _UNIT_BYTES[unit])
-        return Budget(label=f"{number:g}{_UNIT_NAMES[unit]}", bytes=num_bytes)
+        # In full, so that a label says one amount and can be read again.
+        return Budget(label=f"{number.normalize():f}{_UNIT_NAMES[unit]}", bytes=num_bytes)
     raise UsageError(f"budget={text!s} is not {GRAMMAR}")

@@ -6,7 +6,6 @@ cells there, which ``make equal-bytes`` ran, and records their rows first; dista
 cells that force answers.
 """
 
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +13,7 @@ import pandas as pd
 from kvarena.harness import charts, tables
 from kvarena.harness.comparison import CELL, compare_cells
 from kvarena.harness.distances import distances
+from kvarena.harness.entry import folder_parser, one_line_errors
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.reference import REPOSITORY, with_table, without_texts
@@ -27,13 +27,13 @@ FOLDER = REPOSITORY / "results" / NAME
 
 def main() -> None:
     """Write everything, from the cells below the folder that the argument names if there is one."""
-    if len(sys.argv) > 2:
-        sys.exit("usage: python -m kvarena.harness.equal_bytes [results_dir]")
-    try:
-        rows = _rows_of_cells(Path(sys.argv[1])) if sys.argv[1:] else _recorded()
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    with one_line_errors():
+        folder = folder_parser(__doc__, optional=True).parse_args().folder
+        renew(_recorded() if folder is None else _rows_of_cells(folder))
+
+
+def renew(rows: pd.DataFrame) -> None:
+    """Write rows, summary, picture and the README's table."""
     summary = summarise(rows)
     tables.write_csv(without_texts(rows), FOLDER / f"{NAME}.csv")
     tables.write_csv(summary, FOLDER / f"{NAME}-summary.csv")

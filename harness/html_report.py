@@ -4,7 +4,6 @@
 page loads nothing, pictures are inside; the same cells give the same bytes.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pandas as pd
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.comparison import SECTION, compare_cells
 from kvarena.harness.distances import are_forced, score_name, with_kl
+from kvarena.harness.entry import on_folder
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.published import beside, with_parts
@@ -33,13 +33,7 @@ from kvarena.harness.tables import counted, evictions, marks_in_words
 
 def main() -> None:
     """Write the page of the folder that the argument names; exits with 2 on bad input."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m kvarena.harness.html_report <results_dir>")
-    try:
-        print(write_report(Path(sys.argv[1])))
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    on_folder(lambda folder: print(write_report(folder)), __doc__)
 
 
 def write_report(results_dir: Path) -> Path:

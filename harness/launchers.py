@@ -3,6 +3,7 @@
 ``conf/launcher/`` holds one yaml per launcher, with its settings; Hydra's plugins do the launching.
 """
 
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,7 +18,7 @@ PLUGINS = {
 
 
 def check_launcher(name: Any, *, in_sweep: bool) -> None:  # Any: what a user may have typed
-    """Raise UsageError for a launcher that is not installed, or that Hydra would pass over."""
+    """Raise UsageError for a launcher that cannot run here, or that Hydra would pass over."""
     if name not in PLUGINS:
         return
     if not in_sweep:
@@ -28,3 +29,8 @@ def check_launcher(name: Any, *, in_sweep: bool) -> None:  # Any: what a user ma
         raise UsageError(
             f"launcher={name} is not installed; get it with: make setup EXTRAS={name}"
         ) from None
+    if name == "slurm" and shutil.which("sbatch") is None:
+        raise UsageError(
+            "launcher=slurm found no sbatch: run it where Slurm's commands are installed (a login "
+            "node), or take launcher=joblib for processes of this machine"
+        )

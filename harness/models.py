@@ -9,17 +9,20 @@ import hashlib
 import importlib.metadata
 import importlib.resources
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -31,7 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kvarena.harness.errors import UsageError
-from kvarena.harness.registry import choices, one_of, unknown
+from kvarena.harness.registry import check_location, choices, one_of, unknown
 from kvarena.tasks.base import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,12 +60,17 @@ class ModelSpec:
     def is_packaged(self) -> bool:
         return self.source.startswith(_PACKAGE)
 
+    @property
+    def is_on_hub(self) -> bool:
+        return not self.is_packaged and not Path(self.source).is_dir()
+
 
 def find_model(name: str) -> ModelSpec:
     """The preset of that name, else the name itself as a hub id or folder."""
     preset = importlib.resources.files("kvarena.conf") / "model" / f"{name}.yaml"
     if "/" not in name and preset.is_file():
         return ModelSpec(**yaml.safe_load(preset.read_text()))
+    name = os.path.expanduser(name)
     if "/" not in name and not Path(name).is_dir():
         raise UsageError(unknown("model", name, choices("model")) + " (or a hub id, or a folder)")
     return ModelSpec(name=Path(name).name, source=name)
@@ -78,13 +86,13 @@ def load_model(
 
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     with _loading(spec):
-        return AutoTokenizer.from_pretrained(locate(spec), revision=spec.revision)
+        return AutoTokenizer.from_pretrained(**_source(spec))
 
 
 def load_config(spec: ModelSpec) -> PreTrainedConfig:
     """The model's configuration, without its weights."""
     with _loading(spec):
-        return AutoConfig.from_pretrained(locate(spec), revision=spec.revision)
+        return AutoConfig.from_pretrained(**_source(spec))
 
 
 def load_weights(spec: ModelSpec, *, device: str, dtype: str) -> PreTrainedModel:
@@ -92,8 +100,7 @@ def load_weights(spec: ModelSpec, *, device: str, dtype: str) -> PreTrainedModel
     check_device(device)
     with _loading(spec):
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            locate(spec),
-            revision=spec.revision,
+            **_source(spec),
             dtype=resolve_dtype(dtype, device),
             output_loading_info=True,
         )
@@ -151,6 +158,9 @@ def _loading(spec: ModelSpec) -> Iterator[None]:
     # UnpicklingError: a .bin file that holds more than weights, none of which is ever run.
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
+        if spec.is_on_hub and hub_is_out_of_reach():
+            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+            reason = f"no such folder here, no earlier download, and {why}"
         raise UsageError(
             f"model {spec.name}: cannot load {spec.source!r} ({reason}); give a folder that holds "
             "it (model=/path/to/folder), or go online or log in for a hub id"
@@ -160,9 +170,34 @@ def _loading(spec: ModelSpec) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _source(spec: ModelSpec) -> dict[str, Any]:  # Any: transformers' own options
+    """Where transformers looks; of a hub out of reach, at what was downloaded before."""
+    return {
+        "pretrained_model_name_or_path": locate(spec),
+        "revision": spec.revision,
+        "local_files_only": spec.is_on_hub and hub_is_out_of_reach(),
+    }
+
+
+@cache
+def hub_is_out_of_reach() -> bool:
+    """Asked once, with a short wait: the hub's client tries each file for half a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5.0)
+    except Exception:  # of the HTTP library, which is another one in each version of the client
+        return True
+    return False
+
+
 def locate(spec: ModelSpec) -> str:
-    """Folder or hub id; a packaged model is converted first if it has not been."""
-    return str(_converted_gguf(spec)) if spec.is_packaged else spec.source
+    """Folder or hub id; a packaged model is converted first if it has not been.
+
+    Raises UsageError for a folder that is not there.
+    """
+    if spec.is_packaged:
+        return str(_converted_gguf(spec))
+    check_location(spec.source)
+    return spec.source
 
 
 def _converted_gguf(spec: ModelSpec) -> Path:
@@ -183,17 +218,18 @@ def _converted_gguf(spec: ModelSpec) -> Path:
     folder = cache_dir() / "models" / f"{spec.name}-{digest[:16]}"
     if not folder.is_dir():
         print(f"Converting {gguf.name} once for later runs (about half a minute) ...", flush=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
         try:
-            with redirect_stderr(StringIO()):  # its progress bar cannot be turned off otherwise
-                _convert_gguf(gguf, scratch)
-            scratch.rename(folder)
-        except OSError:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
+                with redirect_stderr(StringIO()):  # its progress bar cannot be turned off otherwise
+                    _convert_gguf(gguf, Path(scratch) / "model")
+                (Path(scratch) / "model").rename(folder)
+        except (OSError, SafetensorError) as error:
             if not folder.is_dir():  # another process may have finished first
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                raise UsageError(
+                    f"model {spec.name} cannot be written to {folder} ({error}); set KVARENA_CACHE "
+                    "to a folder with 600 MB to spare"
+                ) from error
     return folder
 
 

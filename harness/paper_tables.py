@@ -7,7 +7,6 @@ line names the LaTeX packages that it needs.
 """
 
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from kvarena.harness.comparison import (
     is_full_cache,
     is_rival,
 )
+from kvarena.harness.entry import on_folder
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.published import beside, with_parts
@@ -47,14 +47,7 @@ from kvarena.tasks.base import content_id
 
 def main() -> None:
     """Write the tables of the folder that the argument names; exits with 2 on bad input."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m kvarena.harness.paper_tables <results_dir>")
-    try:
-        for path in write_tables(Path(sys.argv[1])):
-            print(path)
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    on_folder(lambda folder: print(*write_tables(folder), sep="\n"), __doc__)
 
 
 def write_tables(results_dir: Path) -> list[Path]:

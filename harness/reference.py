@@ -7,12 +7,13 @@ questions' answers and without what the model wrote.
 """
 
 import shutil
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from kvarena.harness import tables
+from kvarena.harness.entry import folder_parser, one_line_errors
 from kvarena.harness.files import replacing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -21,10 +22,19 @@ _TEXTS = ("prediction", "reference", "references", "meta_all_classes")
 
 
 def main() -> None:
-    """Copy and renew; the arguments are the results folder of the run and names of tasks."""
-    source, target = Path(sys.argv[1]), REPOSITORY / "results" / "reference"
+    """The arguments are the results folder of the run and names of tasks."""
+    with one_line_errors():
+        parser = folder_parser(__doc__)
+        parser.add_argument("tasks", nargs="+")
+        given = parser.parse_args()
+        renew(given.folder, given.tasks)
+
+
+def renew(source: Path, tasks: Sequence[str]) -> None:
+    """Copy each task's tables from a results folder, and renew the README."""
+    target = REPOSITORY / "results" / "reference"
     target.mkdir(exist_ok=True)
-    for task in sys.argv[2:]:
+    for task in tasks:
         rows = pd.read_csv(source / "tables" / f"{task}.csv", dtype={"budget": str})
         tables.write_csv(without_texts(rows), target / f"{task}.csv")
         for summary in (source / "tables").glob(f"{task}-*.csv"):

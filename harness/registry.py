@@ -6,11 +6,16 @@
 import difflib
 import importlib
 import importlib.resources
+import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
 
+from kvarena.harness.entry import one_line_errors
 from kvarena.harness.errors import UsageError
 
 
@@ -24,11 +29,27 @@ def choices(group: str) -> list[str]:
     )
 
 
-def unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    """One line for a name that does not exist: a guess, and what does."""
-    near = difflib.get_close_matches(name, known, n=1)
-    guess = f" Did you mean {near[0]}?" if near else ""
-    return f"unknown {kind} {name!r}.{guess} Available: {', '.join(known)}"
+def options() -> dict[str, list[str]]:
+    """Every option of a task, policy or codec (task.data), and the choices that have it."""
+    found: dict[str, list[str]] = {}
+    for group in ("task", "policy", "codec"):
+        for name in choices(group):
+            for option in load_choice(group, name).keys() - {"_target_"}:
+                found.setdefault(f"{group}.{option}", []).append(name)
+    return found
+
+
+def unknown(
+    kind: str, name: str, known: Sequence[str], aliases: Mapping[str, str] | None = None
+) -> str:
+    """One line for a name that does not exist: a guess, and what does.
+
+    aliases: what else may have been meant, and what to write for it.
+    """
+    aliases = aliases or {}
+    near = difflib.get_close_matches(name, [*known, *aliases], n=1)
+    guess = f" Did you mean {aliases.get(near[0], near[0])}?" if near else ""
+    return f"unknown {kind} {name!r}.{guess} Available: {', '.join(known) or 'none'}"
 
 
 def one_of(kind: str, name: str, known: Sequence[str]) -> str:
@@ -58,31 +79,75 @@ def build(settings: Mapping[str, Any]) -> Any:  # Any: whatever class _target_ n
 
     Raises UsageError for a setting that the class refuses. Only kvarena's own classes can be named.
     """
-    options = dict(settings)
-    target = options.pop("_target_")
-    module_name, _, class_name = target.rpartition(".")
+    given = dict(settings)
+    factory = named_class(given.pop("_target_"))
+    known = [option.name for option in fields(factory) if option.init]
+    for name in given:
+        one_of(f"{factory.__name__} option", name, known)
+    try:
+        return factory(**given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{factory.__name__}: {error}") from error
+
+
+def named_class(target: Any, base: type = object) -> type:  # Any: what a user may have typed
+    """The class that ``_target_`` names; UsageError unless it is kvarena's and a ``base``."""
+    module_name, _, class_name = str(target).rpartition(".")
     if not module_name.startswith("kvarena."):
         raise UsageError(f"_target_ must name a class in kvarena, got {target!r}")
-    factory = getattr(importlib.import_module(module_name), class_name)
+    found = getattr(import_plugin(module_name), class_name, None)
+    if not isinstance(found, type) or not issubclass(found, base) or not is_dataclass(found):
+        kind = "class" if base is object else base.__name__
+        raise UsageError(f"_target_={target} names no {kind}; leave _target_ as its yaml has it")
+    return found
+
+
+def import_plugin(name: str) -> ModuleType:
+    """A module of kvarena. Raises UsageError, with file and line, for one that does not import."""
     try:
-        return factory(**options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{class_name}: {error}") from error
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):  # it is there, and imports what is not
+            raise UsageError(_why_not(name, error)) from error
+        raise UsageError(f"no module {name}; leave _target_ as its yaml has it") from None
+    except Exception as error:
+        raise UsageError(_why_not(name, error)) from error
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """One line with the file and line that stopped an import."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [(frame.filename, frame.lineno) for frame in frames if frame.filename[0] != "<"]
+    if isinstance(error, SyntaxError):
+        places.append((str(error.filename), error.lineno))
+    file, line = places[-1]
+    return f"{name} cannot be imported: {type(error).__name__}: {error} ({file}, line {line})"
+
+
+def check_location(source: str) -> None:
+    """Raise UsageError for a model's source that can only be a folder (a hub id is org/name)."""
+    path = Path(source)
+    is_path = source.startswith(("/", "./", "../")) or source.count("/") > 1
+    if path.is_file():
+        raise UsageError(f"model {source} is a file; give the folder that it lies in")
+    if is_path and not path.is_dir():
+        raise UsageError(f"model {source}: there is no such folder; a hub id would be org/name")
 
 
 def main() -> None:
     """Print every choice of the four groups with the first line of its module's docstring."""
-    for group in ("policy", "codec", "task", "model"):
-        print(f"{group}=")
-        for name in choices(group):
-            settings = load_choice(group, name)
-            target = settings.get("_target_")
-            if target:
-                module = importlib.import_module(target.rpartition(".")[0])
-                about = (module.__doc__ or "").strip().splitlines()[0]
-            else:
-                about = str(settings["source"] or "any hub id or folder: model=org/name")
-            print(f"  {name:<32} {about}")
+    with one_line_errors():
+        for group in ("policy", "codec", "task", "model"):
+            print(f"{group}=")
+            for name in choices(group):
+                print(f"  {name:<32} {_about(load_choice(group, name))}")
+
+
+def _about(settings: Mapping[str, Any]) -> str:
+    if "_target_" not in settings:
+        return str(settings["source"] or "any hub id or folder: model=org/name")
+    module = import_plugin(settings["_target_"].rpartition(".")[0])
+    return (module.__doc__ or "").strip().partition("\n")[0]
 
 
 if __name__ == "__main__":

@@ -69,8 +69,11 @@ def own_summaries(task: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _pictures(rows: pd.DataFrame, folder: Path) -> Iterator[Path]:
-    """Grids for rows that carry a depth and a length; rows are of one task, model and variant."""
-    if not {plots.LENGTH, plots.DEPTH} <= set(rows.columns):
+    """Grids for rows that carry a depth and a length; rows are of one task, model and variant.
+
+    None where no sample at all has a score.
+    """
+    if not {plots.LENGTH, plots.DEPTH, "score"} <= set(rows.columns):
         return
     yield plots.needle_overview(rows, folder / "overview.png")
     for (policy, budget), cell_rows in rows.groupby(["policy", "budget"]):

@@ -4,12 +4,14 @@
 answer whose scores change gets a further row, and the last row of a sample is the one that counts.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kvarena.harness.answers import score
+from kvarena.harness.entry import on_folder
 from kvarena.harness.errors import UsageError
 from kvarena.harness.provenance import commit_label, now
 from kvarena.harness.registry import build
@@ -17,6 +19,7 @@ from kvarena.harness.results import CellFolder, find_cells, read_manifest
 from kvarena.tasks.base import Sample, Task
 
 _SCORABLE = ("ok", "score_error")
+_NEEDED = ("references", "document", "part", "prediction", "finish_reason")
 
 
 def rescore_cell(path: Path) -> tuple[int, int]:
@@ -26,7 +29,10 @@ def rescore_cell(path: Path) -> tuple[int, int]:
     """
     identity = read_manifest(path)["identity"]
     settings = {k: v for k, v in identity["task"].items() if k not in ("name", "version")}
-    task: Task = build(settings)
+    try:
+        task: Task = build(settings)
+    except (KeyError, UsageError) as error:
+        raise UsageError(f"{path} is of a task that cannot be built here: {error}") from error
     if task.is_teacher_forced:
         raise UsageError(f"{path}: {task.name} measures logits, which are not stored; run it again")
     folder = CellFolder(path.parents[3], {k: v for k, v in identity.items() if k != "schema"})
@@ -38,6 +44,12 @@ def rescore_cell(path: Path) -> tuple[int, int]:
         for row in folder.rows():
             if row.get("status") not in _SCORABLE:
                 continue
+            missing = [name for name in _NEEDED if row.get(name) is None]
+            if missing:
+                raise UsageError(
+                    f"{path}: sample {row['sample_id']} has no {', '.join(missing)}; move the "
+                    "folder away to run the cell again"
+                )
             num_scored += 1
             found = {"status": "ok", **_score_of(task, row)}
             if found["status"] != "ok" and row["status"] == "ok":
@@ -69,12 +81,16 @@ def _score_of(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """The argument is a results folder; cells of forced answers are named and passed over."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m kvarena.harness.rescore <results_dir>")
-    cells = find_cells(Path(sys.argv[1]))
+    on_folder(rescore, __doc__)
+
+
+def rescore(results_dir: Path) -> None:
+    """All cells of a folder. Raises UsageError where there are none, or nothing can be written."""
+    cells = find_cells(results_dir)
     if not cells:
-        print(f"error: no cells in {sys.argv[1]}; run something first", file=sys.stderr)
-        sys.exit(2)
+        raise UsageError(f"no cells in {results_dir}; run something first")
+    if not os.access(cells[0], os.W_OK):
+        raise UsageError(f"{results_dir} cannot be written, and new scores go there; copy it first")
     for path in cells:
         try:
             num_scored, num_changed = rescore_cell(path)

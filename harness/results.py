@@ -13,29 +13,30 @@ import hashlib
 import json
 import os
 import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from kvarena.harness.errors import LockedError, UsageError
-from kvarena.harness.files import file_name, replacing
+from kvarena.harness.files import file_name, read_json, replacing
 from kvarena.harness.provenance import now, provenance
+from kvarena.harness.row_files import ROW_FILES, mend, read_lines, row_files
 from kvarena.harness.shards import Shard
 
 SCHEMA_VERSION = 2  # of rows and of what the engine keeps; another one makes other folders
 _STATUS_EVERY_SEC = 5.0
-# Last the file of commands without a shard: only those score again, and what they write counts.
-_ROW_FILES = ("samples-*of*.jsonl", "samples.jsonl")
+_MOST_SAMPLES = 10**9  # a number above it in status.json was never written by kvarena
 
 
 class CellFolder:
-    """``<results_dir>/runs/<task>/<model>/<policy>-<budget>-<hash>/`` of one cell.
+    """``<results_dir>/runs/<task>/<model>/<policy>+<codec>-<budget>-<hash>/`` of one cell.
 
-    identity: JSON values that decide the cell's outputs; ``task``, ``model``, ``policy`` and
-    ``budget`` among them name the folder; ``content`` holds hashes of what the others point to.
+    identity: JSON values that decide the cell's outputs; ``task``, ``model``, ``policy``, ``codec``
+    and ``budget`` among them name the folder; ``content`` holds hashes of what the others point to.
     shard: of the command that writes; it is no part of the identity.
+
+    A folder that was begun before names carried the codec goes on under its own name.
     """
 
     def __init__(
@@ -45,10 +46,17 @@ class CellFolder:
         canonical = json.dumps(self.identity, sort_keys=True)
         self.run_id = hashlib.sha256(canonical.encode()).hexdigest()[:12]
         task, model, policy, budget = (
-            file_name(str(identity[key]["name"])) for key in ("task", "model", "policy", "budget")
+            str(identity[key]["name"]) for key in ("task", "model", "policy", "budget")
         )
-        self._prefix = f"{policy}-{budget}-"
-        self.path = results_dir / "runs" / task / model / f"{self._prefix}{self.run_id[:8]}"
+        codec = identity.get("codec", {"name": "none"})["name"]
+        method = policy if codec == "none" else f"{policy}+{codec}"
+        named = file_name(f"{method}-{budget}")
+        named_before = f"{file_name(policy)}-{file_name(budget)}"
+        self._names = (f"{named}-", f"{named_before}-")
+        folder = results_dir / "runs" / file_name(task) / file_name(model)
+        self.path, before = (folder / f"{name}{self.run_id[:8]}" for name in self._names)
+        if os.path.isdir(before) and not os.path.isdir(self.path):
+            self.path = before
         self._shard_suffix = shard.suffix if shard else ""
         self.rows_path = self.path / f"samples{self._shard_suffix}.jsonl"
         self._status: dict[str, Any] = {}
@@ -77,7 +85,7 @@ class CellFolder:
     def refuse_drift(self) -> None:
         """Raise UsageError if a cell of the same settings was begun with other contents."""
         for manifest_path in sorted(self.path.parent.glob("*/manifest.json")):
-            if not manifest_path.parent.name.startswith(self._prefix):
+            if not manifest_path.parent.name.startswith(self._names):
                 continue
             found = read_manifest(manifest_path.parent)["identity"]
             if {**found, "content": None} == {**self.identity, "content": None}:
@@ -94,13 +102,6 @@ class CellFolder:
         Raises LockedError if another one does; wait: until it is done, instead. Raises UsageError
         for a place that cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / ".lock").touch()
-        except OSError as error:
-            raise UsageError(
-                f"{self.path} cannot be written ({error.strerror}); choose another results_dir"
-            ) from error
         with ExitStack() as locks:
             if self._shard_suffix:
                 self._lock(locks, ".lock", fcntl.LOCK_SH, wait=wait)
@@ -108,8 +109,14 @@ class CellFolder:
             yield
 
     def _lock(self, locks: ExitStack, name: str, kind: int, *, wait: bool) -> None:
-        # NFS wants a file that is open for reading and for writing; a lock ends with its process.
-        stream = locks.enter_context((self.path / name).open("a+"))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # NFS wants a file open for reading and for writing; a lock ends with its process.
+            stream = locks.enter_context((self.path / name).open("a+"))
+        except OSError as error:
+            raise UsageError(
+                f"{self.path} cannot be written ({error.strerror}); choose another results_dir"
+            ) from error
         try:
             fcntl.flock(stream, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -126,8 +133,17 @@ class CellFolder:
         """
         for path in [self.rows_path] if self._shard_suffix else row_files(self.path):
             if path.exists():
-                _mend(path, repair=repair)
+                mend(path, repair=repair)
         return read_lines(self.path)
+
+    def note_samples(self, sample_ids: Iterable[str]) -> None:
+        """Note which samples a command asked for: rows of any others never count."""
+        path = self.path / f"sample_ids{self._shard_suffix}.json"
+        noted: dict[str, None] = dict.fromkeys((path.exists() and read_json(path)) or ())
+        added = [name for name in sample_ids if name not in noted]
+        if added or not path.exists():
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps([*noted, *added]) + "\n")
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row so that it survives a crash right after.
@@ -157,6 +173,7 @@ class CellFolder:
         The most samples that any command asked for stay planned.
         """
         noted = read_status(self.path)
+        noted.pop("identity", None)  # the manifest says so from now on
         self._status = noted | {
             "num_planned": max(noted.get("num_planned", 0), num_planned),
             "counts": dict(counts),
@@ -166,9 +183,14 @@ class CellFolder:
         self.write_status("running")
 
     def note_plan(self, num_samples: int) -> None:
-        """Note in status.json how many samples a plan wants, which no score waits for."""
+        """Note in status.json how many samples a plan wants, which no score waits for.
+
+        Of a cell that nothing ran in also what it is: it has no manifest. Raises OSError.
+        """
         noted = read_status(self.path)
         self._status = noted | {"num_in_plan": num_samples}
+        if not (self.path / "manifest.json").exists():
+            self._status["identity"] = self.identity
         self.write_status(noted.get("state", "planned"))
 
     def write_status(self, state: str) -> None:
@@ -182,98 +204,67 @@ class CellFolder:
 def read_status(cell_path: Path) -> dict[str, Any]:
     """state, num_planned, num_in_plan, counts, updated of a cell; empty if nothing is noted.
 
-    What a shard noted last counts, and the most samples that any wanted.
+    ``identity`` of a cell that is only planned. What a shard noted last counts, and the most
+    samples that any wanted. Values that kvarena cannot have written are left out.
     """
-    found = [_read_mapping(path) or {} for path in cell_path.glob("status*.json")]
+    found = [read_json(path) for path in sorted(cell_path.glob("status*.json"))]
+    sound = [
+        {name: value for name, value in noted.items() if _is_sound(name, value)}
+        for noted in found
+        if isinstance(noted, dict)
+    ]
     merged: dict[str, Any] = {}
-    for noted in sorted(found, key=lambda noted: str(noted.get("updated"))):
+    for noted in sorted(sound, key=lambda noted: noted.get("updated", "")):
         for name in {"num_planned", "num_in_plan"} & noted.keys():
             noted[name] = max(noted[name], merged.get(name, 0))
         merged |= noted
     return merged
 
 
+def _is_sound(name: str, value: Any) -> bool:  # Any: a JSON value
+    """Whether a value of status.json is of the kind that its name says."""
+    if name in ("num_planned", "num_in_plan"):
+        return type(value) is int and 0 <= value <= _MOST_SAMPLES
+    if name == "identity":
+        return _is_identity(value)
+    return isinstance(value, str) if name in ("state", "updated") else True
+
+
 def find_cells(results_dir: Path) -> list[Path]:
     """Folders of all cells below ``results_dir`` that have rows."""
     cells = results_dir / "runs"
-    return sorted({path.parent for name in _ROW_FILES for path in cells.glob(f"*/*/*/{name}")})
+    return sorted({path.parent for name in ROW_FILES for path in cells.glob(f"*/*/*/{name}")})
 
 
 def read_manifest(cell_path: Path) -> dict[str, Any]:
     """Raises UsageError for a folder that is not a cell's, or whose manifest is damaged."""
-    manifest = _read_mapping(cell_path / "manifest.json")
-    if manifest is None:
+    path = cell_path / "manifest.json"
+    if not os.path.exists(path):
         raise UsageError(f"{cell_path} has rows but no manifest.json; move the folder away")
-    if "identity" not in manifest:
-        raise UsageError(f"{cell_path / 'manifest.json'} is damaged; move the folder away")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not _is_manifest(manifest):
+        raise UsageError(f"{path} is damaged; move the folder away")
     return manifest
 
 
-def _read_mapping(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; an empty one if the file is damaged, None if there is no file."""
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+def _is_manifest(value: Mapping[str, Any]) -> bool:  # Any: JSON values
+    """Whether it has an identity, and its provenance, as far as there is any, has its shape."""
+    kinds = {"argv": list, "git": dict, "machine": dict, "packages": dict}
+    if not all(isinstance(value.get(name, kind()), kind) for name, kind in kinds.items()):
+        return False
+    git = value.get("git")
+    return _is_identity(value.get("identity")) and (not git or isinstance(git.get("commit"), str))
 
 
-def row_files(cell_path: Path) -> list[Path]:
-    """All files with rows of a cell, in the order in which their lines count."""
-    return [path for name in _ROW_FILES for path in sorted(cell_path.glob(name))]
-
-
-def read_lines(cell_path: Path) -> list[dict[str, Any]]:
-    """One row per sample, in the order of first appearance: the last "ok" one, or the last.
-
-    The files are left alone: a torn last line is passed over. Raises UsageError, with file and
-    line, for damage anywhere else.
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    for path in row_files(cell_path):
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            row = parse_row(line)
-            if row is None:
-                how = "" if path.name == _ROW_FILES[-1] else " and without shard"
-                raise UsageError(
-                    f"{path} line {number} is damaged; run again with repair=true{how} to keep the "
-                    "good lines, or move the folder away to run the cell again"
-                )
-            before = rows.get(row["sample_id"])
-            if before is None or row.get("status") == "ok" or before.get("status") != "ok":
-                rows[row["sample_id"]] = row
-    return list(rows.values())
-
-
-def _mend(path: Path, *, repair: bool) -> None:
-    """Cut off a torn last line; ``repair``: leave out damaged ones."""
-    *lines, tail = path.read_bytes().split(b"\n")
-    if tail:
-        warnings.warn(
-            f"{path}: cut off a torn last line of {len(tail)} bytes; its sample runs again",
-            stacklevel=3,
-        )
-        os.truncate(path, sum(len(line) + 1 for line in lines))
-    good = [line for line in lines if parse_row(line) is not None] if repair else lines
-    if len(good) < len(lines):
-        stamp = now().replace(":", "")
-        kept = path.with_name(path.name.replace("samples", f"samples.corrupt-{stamp}"))
-        os.link(path, kept)
-        with replacing(path) as whole:
-            whole.write_bytes(b"".join(line + b"\n" for line in good))
-        print(f"{path}: left out {len(lines) - len(good)} damaged lines, see {kept}")
-
-
-def parse_row(line: bytes) -> dict[str, Any] | None:
-    """The row of one line; None if it is damaged."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # the latter from thousands of brackets
-        return None
-    is_row = isinstance(row, dict) and isinstance(row.get("sample_id"), str | int)
-    return row if is_row else None
+def _is_identity(value: Any) -> bool:  # Any: a JSON value
+    """Whether it says what every version of kvarena says of a cell."""
+    if not isinstance(value, dict):
+        return False
+    named = [value.get(kind) for kind in ("task", "model", "policy", "budget")]
+    return isinstance(value.get("content", {}), dict) and all(
+        isinstance(one, dict) and isinstance(one.get("name"), str)
+        for one in [*named, value.get("codec", {"name": "none"})]
+    )
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

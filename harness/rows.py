@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from kvarena.harness.results import read_lines, read_manifest, read_status
+from kvarena.harness.results import read_manifest, read_status
+from kvarena.harness.row_files import codecs_used, read_lines, read_sample_ids
 from kvarena.harness.variants import policy_labels, variants
 
 _TEXTS = ("budget", "variant", "part")  # empty ones would come back as not-a-number
@@ -18,24 +19,24 @@ def read_rows(
     """Adds to each row the cell's ``variant`` and ``num_planned``; policies get distinct labels.
 
     only: ids of the samples wanted from each cell; otherwise all its rows, of as many samples as
-    the longest command so far had planned.
+    the longest command so far had planned. Raises UsageError for damage.
     """
     paths = list(cell_paths)
     identities = [read_manifest(path)["identity"] for path in paths]
     found = [read_lines(path) for path in paths]
-    codecs = [
-        {row["codec"] for row in rows if row.get("status") == "ok" and "codec" in row}
-        for rows in found
-    ]
+    codecs = [codecs_used(rows) for rows in found]
     labels = policy_labels(identities, codecs)
     frame = []
     for path, rows, policy, variant in zip(paths, found, labels, variants(identities), strict=True):
-        planned = read_status(path).get("num_planned", len(rows))
+        planned = read_status(path).get("num_planned", len(read_sample_ids(path) or rows))
         if only is not None:
             rows = [row for row in rows if row["sample_id"] in only[path]]
             planned = len(only[path])
         cell = {"policy": policy, "variant": variant, "num_planned": planned}
-        frame += [_printable({**row, **cell, "reference": _as_text(row)}) for row in rows]
+        frame += [
+            _printable({**row, **cell, "part": row.get("part") or "", "reference": _as_text(row)})
+            for row in rows
+        ]
     return pd.DataFrame(frame)
 
 
@@ -58,4 +59,4 @@ def _printable(value: Any) -> Any:  # Any: JSON values
 
 def _as_text(row: Mapping[str, Any]) -> str:
     """All right answers in one text, for people who read tables."""
-    return " | ".join(row.get("references", []))
+    return " | ".join(row.get("references") or [])

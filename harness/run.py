@@ -4,58 +4,65 @@ Exit codes: 0 all is well; 1 something failed (samples, or the program); 2 bad i
 line before any model is loaded; 75 another process writes the cell; 130 Ctrl-C; 143 SIGTERM.
 """
 
-import errno
+import logging
 import os
-import shutil
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from dataclasses import fields
-from datetime import datetime
-from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from kvarena.harness.budget import parse_budget
 from kvarena.harness.config import RunConfig
+from kvarena.harness.entry import leave_quietly, one_line_errors, place_error
 from kvarena.harness.errors import LockedError, UsageError
-from kvarena.harness.launchers import check_launcher
-from kvarena.harness.registry import choices, one_of
+from kvarena.harness.overrides import is_sweep, prepare_arguments, quoted, sweep_dir
+from kvarena.harness.registry import choices, named_class, one_of, options, unknown
 from kvarena.harness.session import Failure, Session
 from kvarena.harness.shards import parse_shard
 
+_KEY_TYPES = re.compile(r"(full_key: |object_type=|reference_type=)")
+
 if TYPE_CHECKING:
     from kvarena.harness.cell import Cell
-
-GROUPS = ("task", "policy", "codec", "model", "experiment", "launcher")
 
 
 def main() -> None:
     """Console entry point."""
     # Hydra's own reports span many lines and all exit with 1; with this it hands errors on.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # It logs --info, and logging prints a traceback for each line that nobody reads.
+    logging.raiseExceptions = False
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     # Schedulers end a job with SIGTERM: an exception lets the cell note where it stopped.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with one_line_errors():
+        if "--version" in sys.argv[1:]:
+            print(f"kvarena {version('kvarena')} (Hydra {hydra.__version__})")
+        else:
+            _command()
+
+
+def _command() -> None:
+    """All cells that were asked for, then what they came to."""
     session = Session()
     exchange = None  # where jobs in other processes leave what became of them
     try:
         arguments = prepare_arguments(sys.argv[1:])
         if is_sweep(arguments):
-            exchange = _sweep_dir(arguments)
-            arguments.append(f"hydra.sweep.dir={_quoted(exchange)}")
+            exchange = sweep_dir(arguments)
+            arguments.append(f"hydra.sweep.dir={quoted(exchange)}")
+            session.results_dir = exchange.parents[1]
         sys.argv[1:] = arguments
         _hydra_main(session, exchange)
     except KeyboardInterrupt:
@@ -63,6 +70,8 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code not in (None, 0):
             session.code_when_stopped = int(stop.code) if isinstance(stop.code, int) else 1
+    except BrokenPipeError:
+        raise
     except Exception as error:
         session.fail(_failure(error, session.results_dir))
     if exchange:
@@ -76,6 +85,8 @@ def main() -> None:
     elif not session.code_when_stopped:
         try:
             session.show()
+        except BrokenPipeError:
+            raise
         except Exception as error:
             session.fail(_failure(error, session.results_dir))
     if session.exit_code:
@@ -92,6 +103,8 @@ def _hydra_main(session: Session, exchange: Path | None) -> None:
         os.chdir(folder)  # a cluster's workers start anywhere
         try:
             _run(settings, noted)
+        except BrokenPipeError:  # nobody reads on; as an exit, no further job begins
+            leave_quietly()
         except Exception as error:  # not handed on: of several, Hydra tells the first one alone
             noted.fail(_failure(error, noted.results_dir))
         if not is_here:
@@ -139,13 +152,18 @@ def _run(settings: DictConfig, session: Session) -> None:
 
 
 def _cell(config: dict[str, Any]) -> "Cell":
+    from kvarena.codecs.base import Codec
     from kvarena.harness.cell import Cell
     from kvarena.harness.engine.sampling import Sampling
     from kvarena.harness.models import ModelSpec
+    from kvarena.policies.base import Policy
+    from kvarena.tasks.base import Task
 
     for group in ("task", "policy", "codec", "model"):
         if not isinstance(config[group], dict):
             raise UsageError(f"{group} must name a choice: {', '.join(choices(group))}")
+    for group, base in (("task", Task), ("policy", Policy), ("codec", Codec)):
+        named_class(config[group].get("_target_"), base)
     try:
         sampling = Sampling(**config["sampling"])
     except ValueError as error:
@@ -159,7 +177,7 @@ def _cell(config: dict[str, Any]) -> "Cell":
         sampling=sampling,
         question=config["question"],
         seed=config["seed"],
-        limit=config["limit"],
+        limit=config["limit"] and min(config["limit"], sys.maxsize),
         shard=parse_shard(config["shard"]),
         slots=config["slots"],
         chunk_tokens=config["chunk"],
@@ -171,115 +189,33 @@ def _cell(config: dict[str, Any]) -> "Cell":
     )
 
 
-def prepare_arguments(arguments: Sequence[str]) -> list[str]:
-    """Check names and budgets of all overrides, so that a sweep fails before its first cell.
-
-    ``model=<hub id or folder>`` becomes the overrides that say so. Raises UsageError.
-    """
-    prepared = []
-    for argument in arguments:
-        if argument.startswith("~"):
-            raise UsageError(f"{argument}: settings can be changed but not removed")
-        if argument.startswith("-") or "=" not in argument:
-            prepared.append(argument)
-            continue
-        override = OverridesParser.create().parse_overrides([argument])[0]
-        key = override.key_or_group
-        _check_key(override)
-        if key == "model" and _is_location(override.value()):
-            location = str(override.value())
-            if Path(location).is_dir():  # one folder is one model, wherever the command runs
-                location = str(Path(location).resolve())
-            name = Path(location).name
-            prepared += ["model=custom", f"model.name='{name}'", f"model.source='{location}'"]
-            continue
-        if key in GROUPS:
-            _check_choices(override)
-            if key == "launcher":
-                if override.is_sweep_override():
-                    raise UsageError("launcher takes one value, for all jobs of the sweep")
-                check_launcher(override.value(), in_sweep=is_sweep(arguments))
-        elif key == "budget":
-            for value in _values(override):
-                parse_budget(value)
-        elif key == "shard":
-            for value in _values(override):
-                parse_shard(None if value in ("None", "null") else value)
-        prepared.append(argument)
-    # argparse takes overrides in one block only: `kvarena budget=64 -m policy=a,b` would fail.
-    return sorted(prepared, key=lambda argument: "=" in argument and not argument.startswith("-"))
-
-
-def _check_key(override: Override) -> None:
-    key = override.key_or_group
-    known = [setting.name for setting in fields(RunConfig)] + ["experiment", "launcher", "hydra"]
-    first = key.split("/")[0].split(".")[0]
-    if first not in known:
-        one_of("setting", first, known)
-
-
-def _check_choices(override: Override) -> None:
-    group = override.key_or_group
-    known = choices(group)
-    value = override.value()
-    if isinstance(value, Glob):
-        if not any(fnmatch(name, pattern) for name in known for pattern in value.include):
-            raise UsageError(
-                f"{group}: no match for {value.include}. Available: {', '.join(known)}"
-            )
-        return
-    for name in _values(override):
-        if name not in (None, "null", ""):
-            one_of(group, name, known)
-
-
-def is_sweep(arguments: Sequence[str]) -> bool:
-    """Whether Hydra runs all combinations of comma-separated values."""
-    return any(argument in ("-m", "--multirun") for argument in arguments)
-
-
-def _sweep_dir(arguments: Sequence[str]) -> Path:
-    """A folder of this command's own; absolute, since jobs may start in other folders."""
-    given = [argument for argument in arguments if argument.startswith("results_dir=")]
-    last = given[-1] if given else f"results_dir={RunConfig.results_dir}"
-    (override,) = OverridesParser.create().parse_overrides([last])
-    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
-    return Path(_values(override)[0]).absolute() / "sweeps" / name
-
-
-def _quoted(value: object) -> str:
-    """As a value that Hydra reads as this text."""
-    return "'" + str(value).replace("'", r"\'") + "'"
-
-
-def _values(override: Override) -> list[str]:
-    """The value, or the values of a sweep, as text."""
-    if override.is_sweep_override():
-        return [str(value).strip("'\"") for value in override.sweep_string_iterator()]
-    return [str(override.value())]
-
-
-def _is_location(value: Any) -> bool:  # Any: whatever Hydra's parser read
-    if not isinstance(value, str) or value in choices("model"):
-        return False
-    return "/" in value or Path(value).is_dir()
-
-
 def _failure(error: Exception, results_dir: Path) -> Failure:
-    """One line for bad input and for a full disk, a traceback for anything else."""
-    known = UsageError | HydraException | OmegaConfBaseException | YAMLError
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not is_full and not isinstance(error, known):
+    """One line for bad input and for a place that cannot be used, a traceback for anything else."""
+    place = place_error(error, results_dir)
+    if place is not None:
+        return Failure(code=1, text=f"error: {place}")
+    if not isinstance(error, UsageError | HydraException | OmegaConfBaseException | YAMLError):
         return Failure(code=1, text="".join(traceback.format_exception(error)).rstrip())
     messages = [str(error)]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         messages.append(str(error.__cause__))
-    if is_full:
-        folder = results_dir if results_dir.is_dir() else Path.cwd()
-        messages.append(f"({shutil.disk_usage(folder).free} bytes free in {folder})")
-    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    code = 1 if is_full else 75 if isinstance(error, LockedError) else 2
+    refused = error.__cause__ or error
+    if isinstance(refused, ConfigKeyError | ConfigAttributeError):
+        messages = [_unknown_option(refused)]
+    stripped = [line.strip() for message in messages for line in message.splitlines()]
+    # OmegaConf also says of which of its types the key is.
+    lines = [line for line in stripped if line and not _KEY_TYPES.match(line)]
+    code = 75 if isinstance(error, LockedError) else 2
     return Failure(code=code, text=f"error: {' '.join(dict.fromkeys(lines))}")
+
+
+def _unknown_option(error: ConfigKeyError | ConfigAttributeError) -> str:
+    """One line for an option that the chosen task, policy, codec or the like does not have."""
+    group, _, name = str(error.full_key).rpartition(".")
+    settings = error.parent_node if isinstance(error.parent_node, DictConfig) else {}
+    line = unknown(f"{group} option", name, [key for key in settings if key != "_target_"])
+    owners = options().get(str(error.full_key))
+    return f"{line} ({name} is an option of {', '.join(owners)})" if owners else line
 
 
 if __name__ == "__main__":

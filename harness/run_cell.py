@@ -57,12 +57,14 @@ def run_cell(
         rows = folder.rows(repair=repair)
         done = {row["sample_id"] for row in rows if row.get("status") == "ok"}
         missing = [sample for sample in samples if sample.id not in done]
+        if missing:
+            template = tokenizer.chat_template
+            template_sha256 = template and hashlib.sha256(template.encode()).hexdigest()
+            folder.open(cell.config, fork=fork, chat_template_sha256=template_sha256)
+        folder.note_samples(sample.id for sample in all_samples)
         if not missing:
             print(f"{cell.label}: all {len(samples)} samples are there already")
             return Outcome(path=folder.path, sample_ids=planned, num_new=0, num_failed=0)
-        template = tokenizer.chat_template
-        template_sha256 = template and hashlib.sha256(template.encode()).hexdigest()
-        folder.open(cell.config, fork=fork, chat_template_sha256=template_sha256)
         counted = [r for r in rows if cell.shard is None or cell.shard.holds(r["sample_id"])]
         folder.begin(len(all_samples), Counter(str(row.get("status")) for row in counted))
         num_ok = 0

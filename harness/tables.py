@@ -229,7 +229,7 @@ def _footnotes(summary: pd.DataFrame, shown: Collection[str]) -> Iterator[str]:
     if ((summary["num_ok"] > 0) & summary["score"].isna()).any():
         yield "No score where samples are missing: those left are another test."
     times = " and ".join(name.removesuffix(" s") for name in _TIMES if name in shown)
-    if times:
+    if times and summary["slots"].notna().any():
         few, many = int(summary["slots"].min()), int(summary["slots"].max())
         slots = f"{few} to {many}" if few < many else f"{many}"
         if many == 1:

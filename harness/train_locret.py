@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvarena.harness.entry import one_line_errors
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.locret_data import TrainingTexts
@@ -118,8 +120,10 @@ class Training:
 
     def save(self, path: Path) -> None:
         parts = {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
+        content = BytesIO()  # torch's own file writer does not say that a disk is full
+        torch.save({**parts, "settings": vars(self.settings), "losses": self.losses}, content)
         with replacing(path) as temporary:
-            torch.save({**parts, "settings": vars(self.settings), "losses": self.losses}, temporary)
+            temporary.write_bytes(content.getvalue())
 
     def load(self, path: Path) -> None:
         """Raise UsageError for a checkpoint of other settings."""
@@ -239,8 +243,8 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    given = parser.parse_args()
-    try:
+    with one_line_errors():
+        given = parser.parse_args()
         settings = Settings(
             model=given.model,
             num_samples=given.samples,
@@ -253,9 +257,7 @@ def main() -> None:
         name = find_model(given.model).name + suffix
         out = given.out or Path("results") / "locret" / f"{name}.safetensors"
         is_new = train(settings, out, given.device)
-    except UsageError as error:
-        parser.exit(2, f"error: {error}\n")
-    print(f"{out}: {'written' if is_new else 'there already, trained with these settings'}")
+        print(f"{out}: {'written' if is_new else 'there already, trained with these settings'}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,30 @@ def variants(identities: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def details(identities: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells apart cells of one variant, policy, codec and budget: "recent=32, seed=1".
+
+    Seeds, and options and contents that labels do not show.
+    """
+    settings = [flat(identity) for identity in identities]
+    places = [
+        (cell["task.name"], cell["model.name"], _method(identity, ()), cell["budget.name"])
+        for cell, identity in zip(settings, identities, strict=True)
+    ]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for place, cell in zip(places, settings, strict=True):
+        groups.setdefault(place, []).append(cell)
+    varying = {place: _varying(cells, hidden=True) for place, cells in groups.items()}
+    return [
+        ", ".join(
+            f"{_short_name(key, [*varying[place], *_OWN_COLUMNS])}={_short(cell[key])}"
+            for key in varying[place]
+            if key in cell
+        )
+        for place, cell in zip(places, settings, strict=True)
+    ]
+
+
 def policy_labels(
     identities: Sequence[Mapping[str, Any]], codecs_used: Sequence[Collection[str]]
 ) -> list[str]:
@@ -94,14 +118,16 @@ def _definition(identity: Mapping[str, Any], kind: str) -> list[Any]:  # Any: JS
     return [identity.get(kind), identity.get("content", {}).get(kind)]
 
 
-def _varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Settings with more than one value among the cells; one that a cell lacks differs in none."""
+def _varying(cells: Sequence[Mapping[str, Any]], *, hidden: bool = False) -> list[str]:
+    """Settings with more than one value among the cells; one that a cell lacks differs in none.
+
+    hidden: those that variants leave out, in place of all others.
+    """
     keys = sorted({key for cell in cells for key in cell})
     return [
         key
         for key in keys
-        if not key.startswith(_OWN_COLUMNS)
-        and key not in _REPEATS
+        if (key.startswith(_OWN_COLUMNS) or key in _REPEATS) == hidden
         and len({str(cell[key]) for cell in cells if key in cell}) > 1
     ]
 

@@ -4,6 +4,7 @@ The processes are forked from one that has imported everything (multiprocessing'
 start in a tenth of a second, and are real processes with signals, locks and exit codes.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,6 +224,41 @@ class TornWrite:
             os.kill(os.getpid(), signal.SIGKILL)
 
         CellFolder.append = die  # type: ignore[method-assign]
+
+
+_READ_ONLY: list[Path] = []
+_WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.utime")
+
+
+def _refuse_writes(event: str, arguments: tuple[Any, ...]) -> None:
+    """Called by Python before each such call. Root may write anywhere, so permissions cannot."""
+    is_write = event in _WRITES or (
+        event == "open"
+        and isinstance(arguments[2], int)
+        and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    )
+    if not is_write or not isinstance(arguments[0], str | os.PathLike):
+        return
+    path = Path(os.fspath(arguments[0])).absolute()
+    if any(path.is_relative_to(folder) for folder in _READ_ONLY):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+@cache
+def _watch_writes() -> None:
+    """Once, since it stays for good; outside of ``read_only`` it does nothing."""
+    sys.addaudithook(_refuse_writes)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """As on a disk that is mounted for reading: every write below ``folder`` fails."""
+    _watch_writes()
+    _READ_ONLY.append(folder.absolute())
+    try:
+        yield
+    finally:
+        _READ_ONLY.pop()
 
 
 # ---- a model that fails at one prompt ----

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from kvarena.harness import anatomy, anatomy_plots
 from kvarena.harness.engine import Engine, KeptTokens
-from kvarena.harness.errors import UsageError
 from kvarena.harness.key_geometry import KeyProbe, agreement
 from kvarena.harness.models import load_model
 from kvarena.harness.reference import REPOSITORY
@@ -248,12 +247,6 @@ def test_the_same_tables_give_the_same_figures(tables: Tables) -> None:
     assert all(picture.startswith(b"\x89PNG") for picture in first)
     assert len(set(first)) == 7
     assert draw() == first
-
-
-def test_the_recorder_wants_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["anatomy"])
-    with pytest.raises(UsageError, match="give one folder"):
-        anatomy.main()
 
 
 def test_the_recorded_tables_are_small_complete_and_name_no_machine() -> None:

@@ -132,3 +132,20 @@ def test_shares_sort_after_tokens_and_before_full(numbers: list[int], shares: li
 def test_k_sorts_by_its_tokens() -> None:
     ordered = sorted(["2k", "2047", "1k", "2049"], key=lambda text: parse_budget(text).sort_key)
     assert ordered == ["1k", "2047", "2k", "2049"]
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("12MB", "12MB"),
+        ("12.0mb", "12MB"),
+        ("1500000MB", "1500000MB"),
+        ("12.3456789MB", "12.3456789MB"),
+        ("0.000001GB", "0.000001GB"),
+        (f"{10**30}MB", f"{10**30}MB"),
+    ],
+)
+def test_a_label_of_bytes_says_one_amount_and_can_be_read_again(text: str, label: str) -> None:
+    budget = parse_budget(text)
+    assert budget.label == label
+    assert parse_budget(label) == budget

@@ -3,10 +3,12 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +18,15 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from kvarena.harness import models, report, run, run_cell
 from kvarena.harness.config import RunConfig
+from kvarena.harness.overrides import prepare_arguments
 from kvarena.harness.registry import build, choices
 from kvarena.harness.results import CellFolder
+from kvarena.policies.keydiff import KeyDiff
 from toy_folder import CONTEXT_TOKENS, toy_overrides
 
 COLUMNS = [
@@ -167,7 +172,7 @@ def ids(rows: list[dict]) -> list[str]:
         ("task.lengths=[64]", "length 64 is too small"),
         ("task.lengths=abc", "lengths must be a list of different int values"),
         ("task.haystack=/nowhere", "haystack '/nowhere' is not a folder"),
-        ("task.length=[1000]", "Could not override 'task.length'"),
+        ("task.length=[1000]", "unknown task option 'length'. Did you mean lengths? Available: "),
         ("attention=flash", "attention=flash"),
         ("attention=falsh", "unknown attention 'falsh'. Did you mean flash? Available: sdpa, "),
         ("device=gpu", "device='gpu' is not a torch device; use cpu, cuda or cuda:N"),
@@ -178,9 +183,9 @@ def ids(rows: list[dict]) -> list[str]:
         ("chunk=0", "chunk must be >= 1, got 0"),
         ("seed=x", "Value 'x' of type 'str' could not be converted to Integer"),
         ("sampling.temperature=-1", "sampling: temperature must be >= 0"),
-        ("sampling.heat=1", "Key 'heat' not in 'SamplingConfig'"),
-        ("policy.anchr=raw", "Could not override 'policy.anchr'"),
-        ("+policy.anchr=raw", "unexpected keyword argument 'anchr'"),
+        ("sampling.heat=1", "unknown sampling option 'heat'. Available: temperature, top_k, "),
+        ("policy.anchr=raw", "unknown policy option 'anchr'. Did you mean anchor? Available: "),
+        ("+policy.anchr=raw", "unknown KeyDiff option 'anchr'. Did you mean anchor? Available: "),
         (
             "policy.anchor=mean",
             "anchor must be one of raw, normalised, median, pairwise, got 'mean'",
@@ -195,7 +200,39 @@ def ids(rows: list[dict]) -> list[str]:
         ("model=custom model.source=null", "model toy names no source; give a hub id"),
         ("device=meta", "device='meta' has not been tried with kvarena; use cpu or cuda"),
         ("sampling.temperature=nan", "temperature must be >= 0 and finite, got nan"),
-        ("keydiff", "missing EQUAL"),
+        ("keydiff", "'keydiff' is no setting with a value; did you mean policy=keydiff?"),
+        ("budget 512", "'budget' is no setting with a value; did you mean budget=VALUE?"),
+        ("data=sample", "unknown setting 'data'. Did you mean task.data ("),
+        ("lengths=[1000]", "unknown setting 'lengths'. Did you mean task.lengths (needle, ruler)?"),
+        ("lenghts=[1000]", "unknown setting 'lenghts'. Did you mean task.lengths (needle, ruler)?"),
+        ("recent=64", "unknown setting 'recent'. Did you mean policy.recent or codec.recent ("),
+        ("window=8", "Did you mean policy.window (snapkv) or codec.window ("),
+        ("temperature=1", "Did you mean sampling.temperature?"),
+        ("task.data=sample", "(data is an option of "),
+        ("-m policy=keydiff,snapkv policy.window=8", "(window is an option of snapkv)"),
+        (
+            "codec.bits=4",
+            "unknown codec option 'bits'. Available: none (bits is an option of kivi)",
+        ),
+        ("policy=all,locret", "policy=all is a word of make, and stands alone there; write "),
+        ("-m policy=all,locret", "write 'policy=glob(*)' for every one"),
+        ("policy=[keydiff,snapkv]", "policy takes a name; several of them with --multirun: "),
+        ("policy=null", "unknown policy 'None'"),
+        ("policy=", "unknown policy ''"),
+        ("policy._target_=kvarena.policies.nope.X", "no module kvarena.policies.nope; leave "),
+        ("policy._target_=kvarena.policies.keydiff.Nope", "names no Policy; leave _target_ as "),
+        ("policy._target_=kvarena.tasks.needle.Needle", "names no Policy; leave _target_ as "),
+        ("codec._target_=kvarena.policies.keydiff.KeyDiff", "names no Codec; leave _target_ as "),
+        ("policy._target_=KeyDiff", "_target_ must name a class in kvarena, got 'KeyDiff'"),
+        ("policy._target_=null", "_target_ must name a class in kvarena, got None"),
+        ("model=/nowhere/toy", "model /nowhere/toy: there is no such folder; a hub id would be "),
+        ("model=./toy-model", "model ./toy-model: there is no such folder"),
+        ("-m model=org/a,org/b", "of several models, each must be a name from the list"),
+        ("-m results_dir=/tmp/a,b", "put it in double quotes inside single ones: 'results_dir="),
+        ("results_dir=", "results_dir= names no folder; results_dir=. is the one you are in"),
+        ("'task.haystack=${foo}'", "Interpolation key 'foo' not found"),
+        ("budget=[64", "budget=[64 is not a number of tokens"),
+        ("-m --info=config", "of --run, --multirun (-m), --cfg (-c), --info (-i) and -sc give "),
         ("-m policy=keydiff,typo", "unknown policy 'typo'"),
         ("-m policy=glob(z*)", "policy: no match for ['z*']. Available: full"),
         ("-m budget=64,8kk", "budget=8kk is not"),
@@ -225,13 +262,14 @@ def test_a_missing_cuda_device_is_one_line(kvarena: Command, loads: list[str]) -
     assert loads == []
 
 
-@pytest.mark.parametrize("location", ["/nowhere/toy", "nobody/nothing-of-this-name"])
-def test_a_model_that_is_nowhere_is_one_line(location: str, kvarena: Command) -> None:
-    outcome = kvarena(f"model={location}")
+def test_a_hub_id_without_a_hub_is_one_line_that_says_what_to_do(kvarena: Command) -> None:
+    outcome = kvarena("model=nobody/nothing")
     assert outcome.code == 2
-    assert outcome.err.startswith(f"error: model {Path(location).name}: cannot load '{location}' (")
-    assert outcome.err.count("\n") == 1
-    assert "give a folder that holds it" in outcome.err
+    assert outcome.err == (
+        "error: model nothing: cannot load 'nobody/nothing' (no such folder here, no earlier "
+        "download, and HF_HUB_OFFLINE is set); give a folder that holds it "
+        "(model=/path/to/folder), or go online or log in for a hub id\n"
+    )
 
 
 def test_a_folder_without_weights_is_one_line(
@@ -317,7 +355,8 @@ def test_the_same_command_again_loads_no_model_and_adds_no_row(
     first = kvarena()
     assert loads == ["toy"]
     before = {path: path.read_bytes() for path in results.glob("runs/**/*.json*")}
-    assert {path.name for path in before} == {"manifest.json", "samples.jsonl", "status.json"}
+    names = {"manifest.json", "sample_ids.json", "samples.jsonl", "status.json"}
+    assert {path.name for path in before} == names
     second = kvarena()
     assert (first.code, second.code) == (0, 0)
     assert loads == ["toy"]
@@ -387,6 +426,30 @@ def test_a_damaged_row_is_named_with_its_line(kvarena: Command, results: Path) -
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: {path} line 1 is damaged")
     assert outcome.err.count("\n") == 1
+
+
+def test_a_run_whose_every_sample_failed_ends_with_its_tables(
+    kvarena: Command, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(policy: KeyDiff, view: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(KeyDiff, "score", fail)
+    outcome = kvarena()
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1] == (
+        "needle keydiff 64: 2 of 2 samples failed and are in no score; the same command runs them "
+        "again"
+    )
+    assert outcome.err.count("Traceback") <= 1  # of the first sample
+    written = outcome.out.partition("Written:\n")[2].split()
+    assert written == [str(results / "tables" / f"needle{kind}.csv") for kind in ("", "-summary")]
+    assert pd.read_csv(written[0])["status"].tolist() == ["error", "error"]
+    assert pd.read_csv(written[1])["num_ok"].tolist() == [0]
+    # Beside a policy that works, it is a line without a score.
+    beside = kvarena("-m", "policy=keydiff,snapkv")
+    assert beside.code == 1
+    assert pd.read_csv(results / "tables" / "needle-summary.csv")["num_ok"].tolist() == [2, 0]
 
 
 def test_a_sweep_runs_every_combination_and_loads_the_model_once(
@@ -556,6 +619,129 @@ def test_the_installed_command_runs_from_another_folder(
     (rows,) = rows_of(tmp_path / "results").values()
     assert len(rows) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+# ---- flags ----
+
+
+@pytest.fixture
+def flags(
+    kvarena: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """The command with these arguments and no others."""
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["kvarena", *arguments])
+        GlobalHydra.instance().clear()
+        capsys.readouterr()
+        code = 0
+        try:
+            run.main()
+        except SystemExit as stop:
+            code = stop.code
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+def test_the_version_is_that_of_kvarena(flags: Command) -> None:
+    outcome = flags("--version")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(f"kvarena {metadata.version('kvarena')} ")
+
+
+@pytest.mark.parametrize(
+    ("shell", "line"),
+    [
+        ("bash", "complete -o nospace -o default -F hydra_bash_completion kvarena"),
+        ("zsh", "complete -o nospace -o default -F hydra_bash_completion kvarena"),
+        ("fish", "complete -c kvarena -x -a '(hydra_fish_completion)'"),
+    ],
+)
+def test_shell_completion_is_a_script_as_the_help_says(
+    shell: str, line: str, flags: Command
+) -> None:
+    outcome = flags("-sc", f"install={shell}")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert line in outcome.out
+    assert flags("-sc", f"uninstall={shell}").code == 0
+    assert 'eval "$(kvarena -sc install=bash)"' in flags("--help").out
+
+
+def test_the_completion_completes(flags: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_LINE", "kvarena policy=keyd")
+    assert flags("-sc", "query=bash").out.split() == ["policy=keydiff"]
+
+
+@pytest.mark.parametrize("commands", [[], ["install=csh"], ["budget=64"], ["install=bash", "x=1"]])
+def test_another_completion_than_there_is_is_one_line(commands: list[str], flags: Command) -> None:
+    outcome = flags("-sc", *commands)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "write install=SHELL or uninstall=SHELL; SHELL is bash, fish, zsh" in outcome.err
+
+
+# ---- values that are text ----
+
+NAMES = (
+    *("a~b", "a=b", "a$b", "a$(b)", "a(b", "[a]b", 'a"b', 'a" b "c', "a b", "a#b", "a:b", "a{b}"),
+    *("a%b", "a\\b", "a;b&c", "été 汉", "it's", "a,b(c"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("key", ["results_dir", "task.data", "+task.options.data"])
+def test_a_path_of_any_signs_arrives_as_typed(key: str, name: str) -> None:
+    (argument,) = prepare_arguments([f"{key}=/tmp/{name}"])
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    assert override.get_key_element() == key
+    assert override.value() == f"/tmp/{name}"
+
+
+def test_a_home_folder_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for value, expected in (
+        ("~", "/home/me"),
+        ("~/a,b", "/home/me/a,b"),
+        ('"~/a,b"', "/home/me/a,b"),
+        ("./~", "./~"),
+        ("/x/~y", "/x/~y"),
+    ):
+        (argument,) = prepare_arguments([f"task.data={value}"])
+        (override,) = OverridesParser.create().parse_overrides([argument])
+        assert override.value() == expected
+
+
+@pytest.mark.parametrize("mode", [[], ["-m"]])
+def test_a_model_and_results_in_folders_of_any_signs_run(
+    mode: list[str], kvarena: Command, overrides: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "m,o=d(e)l~ $[]\"x'"
+    shutil.copytree(overrides[0].removeprefix("model="), folder)
+    results = tmp_path / "r,e=s(u)l~ $[]\"t'"
+    quoted = str(results).replace('"', '\\"')
+    outcome = kvarena(*mode, f"model={folder}", f'results_dir="{quoted}"', "limit=1")
+    assert (outcome.code, outcome.err.count("error")) == (0, 0)
+    ((row,),) = rows_of(results).values()
+    assert row["model"] == folder.name
+    assert {path.name for path in results.iterdir()} == {"runs", "tables", "plots"} | (
+        {"sweeps"} if mode else set()
+    )
+
+
+def test_an_interpolation_is_resolved_for_the_sweep_as_well(
+    kvarena: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    assert kvarena("-m", "results_dir=${oc.env:SCRATCH}/r", "mode=plan").code == 0
+    assert {path.name for path in (tmp_path / "scratch" / "r").iterdir()} == {"runs", "sweeps"}
+    assert {path.name for path in tmp_path.iterdir()} == {"scratch"}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_limit_over_everything_takes_everything(kvarena: Command, results: Path) -> None:
+    assert kvarena(f"limit={10**30}").code == 0
+    (rows,) = rows_of(results).values()
+    assert len(rows) == 2
 
 
 def test_an_unknown_flag_is_not_told_as_a_run_that_was_stopped(kvarena: Command) -> None:

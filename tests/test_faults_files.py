@@ -10,16 +10,23 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from faulty import Kvarena, comparable, no_model_loads, read_rows
+from faulty import Kvarena, comparable, no_model_loads, read_only, read_rows
 from kvarena.harness import fingerprints
+from kvarena.harness import status as cell_status
+from kvarena.harness.comparison import compare_cells
 from kvarena.harness.errors import UsageError
-from kvarena.harness.results import CellFolder, flat, read_status
+from kvarena.harness.html_report import write_report
+from kvarena.harness.paper_tables import write_tables
+from kvarena.harness.results import CellFolder, find_cells, flat, read_status
+from kvarena.harness.rows import read_rows as tidy_rows
 from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
 from toy_folder import save_model_folder, toy_overrides
 from toys import toy_model
@@ -83,8 +90,8 @@ def test_of_several_rows_the_last_good_one_counts(
 ) -> None:
     folder = cell(tmp_path)
     for number, status in enumerate(statuses):
-        folder.append({"sample_id": "a", "status": status, "number": number})
-    folder.append({"sample_id": "b", "status": "ok", "number": 9})
+        folder.append({"sample_id": "a", "status": status, "score": 1, "number": number})
+    folder.append({"sample_id": "b", "status": "ok", "score": 1, "number": 9})
     assert [row["number"] for row in folder.rows()] == [counts, 9]
 
 
@@ -138,11 +145,11 @@ def test_a_damaged_manifest_is_one_line(content: bytes, kvarena: Kvarena) -> Non
 @pytest.mark.parametrize("content", [b"", b"[]"])
 def test_a_damaged_status_file_is_written_anew(content: bytes, kvarena: Kvarena) -> None:
     kvarena("limit=1")
-    status = rows_path(kvarena).with_name("status.json")
-    status.write_bytes(content)
+    path = rows_path(kvarena).with_name("status.json")
+    path.write_bytes(content)
     assert kvarena().code == 0
-    assert read_status(status.parent)["num_planned"] == 2
-    assert read_status(status.parent)["state"] == "done"
+    assert read_status(path.parent)["num_planned"] == 2
+    assert read_status(path.parent)["state"] == "done"
 
 
 # ---- T5 ----
@@ -247,6 +254,116 @@ def test_a_results_folder_may_have_any_name(kvarena: Kvarena) -> None:
     kvarena.results = kvarena.folder / "ein Ordner, 结果 =1"
     assert kvarena("limit=1", with_report=True).code == 0
     assert len(kvarena.rows) == 1
+
+
+# ---- a folder for reading only ----
+
+
+def test_reading_commands_work_on_a_folder_that_cannot_be_written(
+    kvarena: Kvarena, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kvarena().code == 0
+    before = {path: path.read_bytes() for path in kvarena.results.rglob("*") if path.is_file()}
+    monkeypatch.setattr(sys, "argv", ["status", str(kvarena.results)])
+    with read_only(kvarena.results):
+        with pytest.raises(OSError, match="Read-only file system"):
+            (kvarena.results / "x").touch()
+        capsys.readouterr()
+        cell_status.main()
+        assert "1 done" in capsys.readouterr().out
+        assert len(tidy_rows(find_cells(kvarena.results))) == 2
+        done, other = kvarena("mode=plan"), kvarena("mode=plan", "budget=96")
+        refused = kvarena("budget=96")
+    assert (done.code, other.code) == (0, 0)
+    assert "0/2" in other.out
+    for plan in (done, other):
+        assert "not noted for make status: Read-only file system" in plan.out
+    assert (refused.code, refused.is_one_line) == (2, True)
+    assert "cannot be written (Read-only file system); choose another results_dir" in refused.err
+    assert before == {p: p.read_bytes() for p in kvarena.results.rglob("*") if p.is_file()}
+
+
+def test_a_running_cell_is_seen_from_where_nothing_can_be_written(tmp_path: Path) -> None:
+    folder = cell(tmp_path)
+    folder.append({"sample_id": "a", "status": "ok", "score": 1})
+    with folder.claimed(), read_only(tmp_path):
+        assert [one.state for one in cell_status.cell_statuses(tmp_path)] == ["running"]
+
+
+@pytest.mark.parametrize("place", ["a file", "/dev/null/results"])
+def test_a_plan_for_a_folder_that_cannot_be_is_one_line(place: str, kvarena: Kvarena) -> None:
+    kvarena.results = kvarena.folder / place
+    (kvarena.folder / "a file").write_text("not a folder")
+    outcome = kvarena("mode=plan")
+    assert (outcome.code, outcome.is_one_line) == (2, True)
+    assert "cannot be written" in outcome.err
+    with pytest.raises(UsageError, match="no cells in"):
+        cell_status.cell_statuses(kvarena.results)
+
+
+# ---- rows that people edit ----
+
+
+def test_a_score_that_is_nan_runs_again_and_is_in_no_score(kvarena: Kvarena) -> None:
+    kvarena()
+    path = rows_path(kvarena)
+    first, second = read_rows(path)
+    path.write_text(json.dumps({**first, "score": float("nan")}) + "\n" + json.dumps(second) + "\n")
+    (one,) = cell_status.cell_statuses(kvarena.results)
+    assert (one.state, one.num_ok, one.num_failed) == ("failed", 1, {"score_error": 1})
+    table = tidy_rows([path.parent])
+    assert table["status"].tolist() == ["score_error", "ok"]
+    assert pd.isna(compare_cells(table)["score"].item())
+    assert kvarena().code == 0
+    *_, again = read_rows(path)
+    assert len(read_rows(path)) == 3
+    assert comparable([again]) == comparable([first])
+
+
+def test_a_row_of_an_unknown_sample_is_left_out_everywhere_alike(kvarena: Kvarena) -> None:
+    assert kvarena(with_report=True).code == 0
+    table = kvarena.results / "tables" / "needle.csv"
+    path = rows_path(kvarena)
+    first, _ = read_rows(path)
+    before = pd.read_csv(table)
+    with path.open("a") as stream:
+        stream.write(json.dumps({**first, "sample_id": "of-another-day", "score": 1.0}) + "\n")
+    with pytest.warns(
+        UserWarning, match="left out 1 of 3 samples, which no command asked for: of-"
+    ):
+        assert kvarena(with_report=True).code == 0
+    pd.testing.assert_frame_equal(pd.read_csv(table), before)
+    with pytest.warns(UserWarning, match="of-another-day"):
+        write_tables(kvarena.results)
+    with pytest.warns(UserWarning, match="of-another-day"):
+        page = write_report(kvarena.results).read_text()
+    with pytest.warns(UserWarning, match="of-another-day"):
+        (one,) = cell_status.cell_statuses(kvarena.results)
+    with pytest.warns(UserWarning, match="of-another-day"):
+        plan = kvarena("mode=plan").out
+    everything = pd.read_csv(kvarena.results / "tables" / "rows.csv")
+    assert everything["sample_id"].tolist() == before["sample_id"].tolist()
+    summary = pd.read_csv(kvarena.results / "tables" / "summary.csv")
+    assert summary[["num_ok", "num_planned"]].to_numpy().tolist() == [[2, 2]]
+    assert "of-another-day" not in page
+    assert (one.state, one.num_ok, one.num_planned) == ("done", 2, 2)
+    assert "2/2" in plan
+    assert len(read_rows(path)) == 3  # nothing is taken out of the file
+
+
+def test_a_cell_of_before_the_list_of_samples_gets_one_from_its_command(kvarena: Kvarena) -> None:
+    kvarena()
+    path = rows_path(kvarena)
+    noted = path.with_name("sample_ids.json")
+    assert json.loads(noted.read_text()) == [row["sample_id"] for row in read_rows(path)]
+    noted.unlink()
+    with path.open("a") as stream:
+        stream.write(json.dumps({**read_rows(path)[0], "sample_id": "z"}) + "\n")
+    assert len(tidy_rows([path.parent])) == 3
+    with no_model_loads():
+        assert kvarena().code == 0
+    with pytest.warns(UserWarning, match="asked for: z"):
+        assert len(tidy_rows([path.parent])) == 2
 
 
 # ---- T7 ----

@@ -304,6 +304,14 @@ def test_pickles_in_every_folder_that_is_read_stay_closed(kvarena: Kvarena, crat
     assert not crater.exists()
 
 
+def test_a_pickle_that_hydra_would_run_again_stays_closed(kvarena: Kvarena, crater: Path) -> None:
+    pickled = kvarena.folder / "config.pickle"
+    pickled.write_bytes(pickle.dumps(Bomb(crater)))
+    line = check_refused(kvarena, f"--experimental-rerun={pickled}")
+    assert "reads a pickle, which can run any code" in line
+    assert not crater.exists()
+
+
 def test_a_pickle_in_place_of_what_the_full_cache_said_is_replaced_unread(
     kvarena: Kvarena, crater: Path
 ) -> None:

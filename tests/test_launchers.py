@@ -71,6 +71,21 @@ def test_a_launcher_that_is_not_installed_says_how_to_get_it(
     )
 
 
+@needs("slurm")
+def test_slurm_without_its_commands_says_where_to_run_or_what_else_to_take(
+    kvarena: Kvarena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(kvarena.folder))
+    with no_model_loads():
+        outcome = kvarena("-m", "launcher=slurm")
+    assert outcome == Outcome(
+        2,
+        "",
+        "error: launcher=slurm found no sbatch: run it where Slurm's commands are installed (a "
+        "login node), or take launcher=joblib for processes of this machine\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

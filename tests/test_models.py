@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from kvarena.harness import models
@@ -58,21 +60,69 @@ def test_a_hub_id_and_a_folder_are_models(tmp_path: Path, monkeypatch: pytest.Mo
     assert models.find_model("here") == ModelSpec(name="here", source="here")
 
 
+LOADERS = (
+    models.load_config,
+    models.load_tokenizer,
+    lambda spec: models.load_weights(spec, device="cpu", dtype="auto"),
+)
+
+
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("source", ["nobody/nothing-of-this-name", "/nowhere/toy"])
-def test_a_model_that_is_nowhere_is_one_line_that_says_what_to_do(source: str) -> None:
-    spec = ModelSpec(name="mine", source=source)
-    for load in (
-        models.load_config,
-        models.load_tokenizer,
-        lambda spec: models.load_weights(spec, device="cpu", dtype="auto"),
-    ):
+@pytest.mark.parametrize("load", LOADERS, ids=["config", "tokenizer", "weights"])
+def test_a_hub_that_does_not_answer_is_asked_once_and_not_for_long(
+    load: Callable[[ModelSpec], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(timeout)
+            raise TimeoutError
+
+    monkeypatch.setattr(models, "get_session", Session)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    models.hub_is_out_of_reach.cache_clear()
+    for _ in range(2):
         with pytest.raises(UsageError) as refusal:
-            load(spec)
-        message = str(refusal.value)
-        assert message.startswith(f"model mine: cannot load {source!r} (")
-        assert "model=/path/to/folder" in message
-        assert "\n" not in message
+            load(ModelSpec(name="mine", source="nobody/nothing"))
+        assert str(refusal.value) == (
+            "model mine: cannot load 'nobody/nothing' (no such folder here, no earlier download, "
+            "and the hub does not answer); give a folder that holds it (model=/path/to/folder), or "
+            "go online or log in for a hub id"
+        )
+    models.hub_is_out_of_reach.cache_clear()
+    assert asked == [5.0]
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("load", LOADERS, ids=["config", "tokenizer", "weights"])
+def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(
+    load: Callable[[ModelSpec], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "get_session", lambda: pytest.fail("the hub was asked"))
+    for source in ("/nowhere/toy", "./toy", "../toy", "toys/small/toy"):
+        with pytest.raises(UsageError) as refusal:
+            load(ModelSpec(name="mine", source=source))
+        expected = f"model {source}: there is no such folder; a hub id would be org/name"
+        assert str(refusal.value) == expected
+    with pytest.raises(UsageError, match="is a file; give the folder that it lies in"):
+        load(ModelSpec(name="mine", source=__file__))
+
+
+def test_a_home_folder_may_be_written_as_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert models.find_model("~/toy") == ModelSpec(name="toy", source=f"{tmp_path}/toy")
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named_with_its_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KVARENA_CACHE", "/dev/null")
+    expected = r"smollm2-135m cannot be written to /dev/null/models/.*Not a dir.*set KVARENA_CACHE "
+    with pytest.raises(UsageError, match=expected):
+        models.load_tokenizer(models.find_model("smollm2-135m"))
 
 
 def test_a_folder_with_a_broken_config_is_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A plan is what a run would take, without its model."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +10,7 @@ from kvarena.harness import models
 from kvarena.harness.errors import UsageError
 from kvarena.harness.kv_bytes import bytes_per_token
 from kvarena.harness.plan import plan_cell, print_plans
+from kvarena.harness.row_files import read_lines
 from kvarena.harness.run_cell import run_cell
 from kvarena.harness.status import cell_statuses
 from toy_folder import save_haystack, save_model_folder, toy_cell
@@ -67,3 +70,110 @@ def test_what_has_run_is_taken_off_and_tells_how_fast(
     shown = capsys.readouterr().out
     assert "all 1 cells" in shown
     assert shown.count("1/2") == 2  # the cell's line and the sum
+
+
+# ---- whether the budget binds ----
+
+
+def test_a_plan_counts_the_samples_whose_budget_binds(folder: Path, tmp_path: Path) -> None:
+    cell = toy_cell(folder)
+    totals = sorted(
+        len(sample.prompt_token_ids) + sample.max_new_tokens
+        for sample in cell.samples(models.load_tokenizer(cell.model))
+    )
+    assert len(set(totals)) == 2
+
+    def binding(budget: int | str, **changes: Any) -> int | None:
+        return plan_cell(toy_cell(folder, budget=budget, **changes), tmp_path).num_binding
+
+    short, long = totals
+    # The last new token is chosen but never fed.
+    assert [binding(n) for n in (64, short - 2, short - 1, long - 2, long - 1)] == [2, 2, 1, 1, 0]
+    assert [binding(share) for share in ("25%", "99%", "100%")] == [2, 2, 2]
+    assert [binding(n, question="after") for n in (short - 2, long - 1)] == [2, 0]
+    assert not plan_cell(toy_cell(folder, "full"), tmp_path).evicts
+
+
+def test_what_a_plan_says_will_bind_is_what_runs_say_has_bound(
+    folder: Path, tmp_path: Path
+) -> None:
+    for budget in ("128", "320", "1k", "100%"):
+        for question in ("inside", "after"):
+            cell = toy_cell(folder, budget=budget, question=question)
+            plan = plan_cell(cell, tmp_path)
+            rows = read_lines(run_cell(cell, tmp_path).path)
+            assert all(row["generated_tokens"] == 6 for row in rows)  # the longest answer
+            assert plan.num_binding == sum(row["compressed"] for row in rows), cell.label
+
+
+def test_a_budget_in_bytes_binds_once_it_is_settled(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = toy_cell(folder, budget="20kB")
+    before = plan_cell(cell, tmp_path)
+    run_cell(cell, tmp_path)
+    after = plan_cell(toy_cell(folder, budget="20kB"), tmp_path)
+    capsys.readouterr()
+    print_plans([before])
+    shown = capsys.readouterr().out
+    assert "?/2" in shown
+    assert "how many tokens a budget in bytes comes to is measured when the cell runs" in shown
+    assert (before.num_binding, after.num_binding) == (None, 2)
+
+
+def test_a_budget_that_never_binds_is_told_in_a_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [
+        toy_cell(folder),
+        toy_cell(folder, budget="1k"),
+        toy_cell(folder, "h2o", budget="1k"),
+        toy_cell(folder, "full"),
+    ]
+    plans = [plan_cell(cell, tmp_path) for cell in cells]
+    capsys.readouterr()
+    print_plans(plans)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2] for line in lines if line.startswith(("keydiff", "h2o", "full"))] == [
+        *("2/2", "0/2", "0/2", "-")
+    ]
+    (told,) = (line for line in lines if "nothing would be evicted" in line)
+    longest = plans[0].longest_tokens
+    assert told.startswith("needle, toy: at 1k nothing would be evicted: ")
+    assert told.endswith(f"the longest prompt and answer take {longest} tokens")
+    assert max(map(len, lines)) <= 100
+
+
+def test_memory_follows_kv_dtype_and_says_that_codecs_are_left_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, half = (
+        plan_cell(toy_cell(folder, kv_dtype=kv_dtype), tmp_path)
+        for kv_dtype in ("model", "float16")
+    )
+    config = models.load_config(toy_cell(folder).model)
+    assert whole.kv_bytes_full == whole.longest_tokens * bytes_per_token(config, 4)
+    assert half.kv_bytes_full == half.longest_tokens * bytes_per_token(config, 2)
+    assert half.kv_bytes_budget == (64 + 32) * bytes_per_token(config, 2)
+    capsys.readouterr()
+    print_plans([whole])
+    assert "codecs" not in capsys.readouterr().out
+    coded = plan_cell(toy_cell(folder, codec="kivi"), tmp_path)
+    print_plans([coded])
+    shown = capsys.readouterr().out
+    assert coded.kv_bytes_budget == whole.kv_bytes_budget
+    assert "KV MB leave codecs out; what is coded takes less" in shown
+    assert "keydiff+kivi" in shown
+
+
+@pytest.mark.parametrize("name", ["policy", "prompt_tokens", "ttft_sec", "slots"])
+def test_rows_that_lack_a_figure_tell_nothing_of_time(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    path = run_cell(toy_cell(folder), tmp_path).path / "samples.jsonl"
+    assert plan_cell(toy_cell(folder, budget="96"), tmp_path).eta_sec is not None
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    for row in rows:
+        del row[name]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert plan_cell(toy_cell(folder, budget="96"), tmp_path).eta_sec is None

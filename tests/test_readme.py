@@ -1,6 +1,7 @@
 """What the README says is what the files say."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from kvarena.harness import overrides
 from kvarena.harness.reference import REPOSITORY, with_table, without_texts
 
 README = (REPOSITORY / "README.md").read_text()
@@ -47,6 +49,29 @@ def test_every_linked_file_exists() -> None:
     assert targets
     for target in targets:
         assert (REPOSITORY / target).exists(), target
+
+
+COMMANDS = re.findall(r"^(?:kvarena|make) \w.*", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("kvarena ")])
+def test_every_kvarena_command_is_one_that_is_accepted(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What it names need not be installed here, nor lie where the README says.
+    monkeypatch.setattr(overrides, "check_launcher", lambda name, **_: None)
+    monkeypatch.setattr(overrides, "check_location", lambda source: None)
+    arguments = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
+    assert overrides.prepare_arguments(arguments)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make ")])
+def test_every_make_command_is_one_that_is_accepted(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    done = subprocess.run(
+        [words[0], "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_readmes_policy_works_as_printed(tmp_path: Path) -> None:

@@ -18,7 +18,16 @@ import kvarena.policies
 import kvarena.tasks
 from kvarena.codecs.base import Codec
 from kvarena.harness.errors import UsageError
-from kvarena.harness.registry import build, choices, load_choice, main, one_of, unknown
+from kvarena.harness.registry import (
+    build,
+    choices,
+    load_choice,
+    main,
+    named_class,
+    one_of,
+    options,
+    unknown,
+)
 from kvarena.policies.base import Policy
 from kvarena.tasks.base import Task
 
@@ -193,17 +202,57 @@ def test_only_classes_of_kvarena_are_built(target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("given", "message"),
     [
-        ({"sink": 4}, r"^KeyDiff: .*unexpected keyword argument 'sink'"),
+        ({"sink": 4}, r"^unknown KeyDiff option 'sink'. Did you mean sinks\? Available: sinks, "),
         ({"sinks": -1}, r"^KeyDiff: sinks must be >= 0 tokens, got -1$"),
         ({"sinks": True}, r"^KeyDiff: sinks must be int, got True$"),
         ({"anchor": 3}, r"^KeyDiff: anchor must be str, got 3$"),
     ],
 )
-def test_a_refused_option_is_named_with_its_class(options: dict, message: str) -> None:
+def test_a_refused_option_is_named_with_its_class(given: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        build({**load_choice("policy", "keydiff"), **options})
+        build({**load_choice("policy", "keydiff"), **given})
+
+
+@pytest.mark.parametrize(
+    ("code", "what", "line"),
+    [
+        (
+            "import torch\nimport no_such_library\n",
+            "ModuleNotFoundError: No module",
+            2,
+        ),
+        ("x = 1\n\nscore = x.y\n", "AttributeError: 'int' object has no attribute 'y'", 3),
+        ("def score(self, view)\n", "SyntaxError: expected ':'", 1),
+    ],
+)
+def test_a_file_that_does_not_import_is_named_with_its_line(
+    code: str, what: str, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.setattr(kvarena.policies, "__path__", [str(tmp_path)])
+    with pytest.raises(UsageError) as refusal:
+        named_class("kvarena.policies.mine.Mine", Policy)
+    message = str(refusal.value)
+    assert message.startswith(f"kvarena.policies.mine cannot be imported: {what}")
+    assert message.endswith(f"({tmp_path}/mine.py, line {line})")
+
+
+def test_a_class_of_another_kind_is_refused() -> None:
+    assert named_class("kvarena.policies.keydiff.KeyDiff", Policy) is class_of("policy", "keydiff")
+    for target in ("kvarena.policies.keydiff.KeyDiff", "kvarena.tasks.needle.Nope"):
+        with pytest.raises(UsageError, match="names no Task; leave _target_ as its yaml has it"):
+            named_class(target, Task)
+    with pytest.raises(UsageError, match=r"no module kvarena\.tasks\.nope; leave _target_ as"):
+        named_class("kvarena.tasks.nope.Nope", Task)
+
+
+def test_options_are_known_by_their_full_names() -> None:
+    found = options()
+    assert found["policy.window"] == ["snapkv"]
+    assert set(found["task.lengths"]) == {"needle", "ruler"}
+    assert "policy._target_" not in found
 
 
 def test_building_leaves_the_settings_alone() -> None:
@@ -271,7 +320,7 @@ def test_a_policy_or_codec_names_its_paper_and_what_differs(path: Path) -> None:
 )
 def test_only_the_command_imports_hydra(path: Path) -> None:
     tops = {name.partition(".")[0] for name in imports_of(path)}
-    if path != HARNESS / "run.py":
+    if path not in (HARNESS / "run.py", HARNESS / "overrides.py"):
         assert not tops & {"hydra", "omegaconf"}
     assert not tops & {"harness", "policies", "tasks", "conf"}, "import it as kvarena.<folder>"
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from kvarena.harness.errors import UsageError
-from kvarena.harness.results import SCHEMA_VERSION, CellFolder
+from kvarena.harness.files import file_name
+from kvarena.harness.results import SCHEMA_VERSION, CellFolder, find_cells, read_status
 from kvarena.harness.rows import read_rows
+from kvarena.harness.shards import parse_shard
 
 IDENTITY = {
     "task": {"name": "needle", "version": "1", "lengths": [1000]},
@@ -183,6 +185,49 @@ def test_folder_names_tell_what_is_inside(tmp_path: Path) -> None:
     assert parts[3] == f"keydiff_anchor=median_sinks=4_-25%-{folder.run_id[:8]}"
 
 
+KIVI = {"name": "kivi(window=64,bits=4)", "window": 64, "bits": 4}
+
+
+def test_a_folder_names_the_codec_and_its_hash_does_not_change(tmp_path: Path) -> None:
+    plain = CellFolder(tmp_path, {**IDENTITY, "codec": {"name": "none"}})
+    coded = CellFolder(tmp_path, {**IDENTITY, "codec": KIVI})
+    assert plain.path.name == "keydiff-25%-0d7e1f7f"
+    assert coded.path.name == "keydiff+kivi_window=64_bits=4_-25%-011a7ec3"
+    assert (plain.run_id, coded.run_id) == ("0d7e1f7f7f49", "011a7ec34a35")
+
+
+def test_a_cell_begun_under_a_name_without_codec_goes_on_there(tmp_path: Path) -> None:
+    folder = cell(tmp_path, codec=KIVI)
+    folder.append({"sample_id": "a", "status": "ok", "score": 1.0})
+    before = folder.path.with_name(f"keydiff-25%-{folder.run_id[:8]}")
+    folder.path.rename(before)
+    again = cell(tmp_path, codec=KIVI)
+    assert again.path == before
+    assert [row["sample_id"] for row in again.rows()] == ["a"]
+    assert find_cells(tmp_path) == [before]
+    changed = CellFolder(tmp_path, {**IDENTITY, "codec": KIVI, "content": {"data": "other"}})
+    other = CellFolder(tmp_path, {**IDENTITY, "codec": {**KIVI, "bits": 2}})
+    with pytest.raises(UsageError, match="begun with the same settings but other contents"):
+        changed.open({})
+    other.open({})
+    assert other.path.name.startswith("keydiff+kivi_")
+
+
+def test_drift_of_a_cell_with_a_codec_is_seen(tmp_path: Path) -> None:
+    cell(tmp_path, codec=KIVI)
+    cell(tmp_path, codec={"name": "none"})
+    with pytest.raises(UsageError, match=r"keydiff\+kivi.* was begun with the same settings"):
+        cell(tmp_path, codec=KIVI, content={"data": "other"})
+
+
+def test_a_name_of_many_options_fits_the_file_system_and_stays_its_own(tmp_path: Path) -> None:
+    names = [f"keydiff({'option=value,' * 40}last={last})" for last in (1, 2)]
+    one, two = (cell(tmp_path, policy={"name": name}) for name in names)
+    assert one.path != two.path
+    assert len(one.path.name) < 255
+    assert file_name(names[0]) != file_name(names[1])
+
+
 @pytest.mark.parametrize("name", ["a/b", "../../etc", "..", ".", "", "a\\b c\n", "naïve"])
 def test_names_cannot_leave_the_results_folder(tmp_path: Path, name: str) -> None:
     path = CellFolder(tmp_path, {**IDENTITY, "model": {"name": name}}).path
@@ -198,3 +243,160 @@ def test_cells_are_read_together_and_empty_ones_add_nothing(tmp_path: Path) -> N
     assert frame["score"].tolist() == [1.0, 0.0]
     assert frame["run_id"].tolist() == [one.run_id, two.run_id]
     assert read_rows([empty.path]).empty
+
+
+# ---- what people and other programs leave in the files ----
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"score": 7}, "score 7: Input should be less than or equal to 1"),
+        ({"score": -0.1}, "score -0.1: Input should be greater than or equal to 0"),
+        ({"score": "high"}, 'score "high": Input should be a valid number'),
+        ({"score": True}, "score true: Input should be a valid number"),
+        ({"prompt_tokens": -3}, "prompt_tokens -3: Input should be greater than or equal to 0"),
+        ({"kept_tokens": 1.5}, "kept_tokens 1.5: Input should be a multiple of 1"),
+        ({"slots": 0}, "slots 0: Input should be greater than or equal to 1"),
+        ({"ttft_sec": float("nan")}, "ttft_sec NaN: Input should be a finite number"),
+        ({"status": "fine"}, "status \"fine\": Input should be 'ok', 'oom', 'error'"),
+        ({"budget": "lots"}, 'budget "lots": Value error, budget=lots is not a number of tokens'),
+        ({"references": ["a", 1]}, "references 1: Input should be an instance of str"),
+        ({"meta_depth_target": 101}, "meta_depth_target 101: Input should be less than or equal"),
+    ],
+    ids=str,
+)
+def test_a_figure_out_of_bounds_is_told_with_file_line_and_field(
+    change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    folder = cell(tmp_path)
+    good = {"sample_id": "a", "status": "ok", "score": 1.0, "prompt_tokens": 9}
+    folder.append(good)
+    folder.append({**good, "sample_id": "b", **change})
+    for read in (folder.rows, lambda: read_rows([folder.path])):
+        with pytest.raises(UsageError) as caught:
+            read()
+        assert f"{folder.rows_path} line 2 has {told}" in str(caught.value)
+        assert "run again with repair=true" in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+    assert [row["sample_id"] for row in folder.rows(repair=True)] == ["a"]
+    (kept,) = folder.path.glob("samples.corrupt-*.jsonl")
+    assert kept.read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf"), None])
+def test_an_answer_whose_score_is_no_number_counts_as_failed(
+    score: float | None, tmp_path: Path
+) -> None:
+    folder = cell(tmp_path)
+    folder.append({"sample_id": "a", "status": "ok", "score": score, "prediction": "x"})
+    folder.append({"sample_id": "b", "status": "ok", "score": 0.5, "prediction": "x"})
+    folder.append({"sample_id": "b", "status": "ok", "score": score, "prediction": "y"})
+    failed, good = folder.rows()
+    assert (failed["status"], failed["prediction"]) == ("score_error", "x")
+    assert "score" not in failed
+    assert failed["error"] == f"the score is {score}, not a number"
+    assert (good["status"], good["score"], good["prediction"]) == ("ok", 0.5, "x")
+
+
+def test_a_sample_that_no_command_asked_for_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    folder = cell(tmp_path)
+    for name in ("a", "b", "z"):
+        folder.append({"sample_id": name, "status": "ok", "score": 1.0})
+    assert len(read_rows([folder.path])) == 3  # nobody has said yet which there are
+    folder.note_samples(["a"])
+    folder.note_samples(["a", "b"])
+    with pytest.warns(UserWarning, match="left out 1 of 3 samples, which no command asked for: z"):
+        assert read_rows([folder.path])["sample_id"].tolist() == ["a", "b"]
+    folder.note_samples(["b"])  # a shorter command takes nothing away
+    with pytest.warns(UserWarning, match="asked for: z"):
+        assert [row["sample_id"] for row in folder.rows()] == ["a", "b"]
+    assert folder.rows_path.read_bytes().count(b"\n") == 3
+    (folder.path / "sample_ids.json").write_text("[[1]]")
+    with pytest.raises(UsageError, match=r"sample_ids\.json is damaged; delete it"):
+        read_rows([folder.path])
+
+
+def test_samples_of_shards_are_those_of_the_cell(tmp_path: Path) -> None:
+    for shard, name in (("1/2", "a"), ("2/2", "b")):
+        folder = CellFolder(tmp_path, IDENTITY, parse_shard(shard))
+        folder.open({})
+        folder.note_samples(["a", "b"] if shard == "1/2" else ["b", "c"])
+        folder.append({"sample_id": name, "status": "ok", "score": 1.0})
+    assert [row["sample_id"] for row in folder.rows()] == ["a", "b"]
+    assert {path.name for path in folder.path.glob("sample_ids*")} == {
+        "sample_ids-1of2.json",
+        "sample_ids-2of2.json",
+    }
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [
+        {"num_planned": "many"},
+        {"num_planned": -1, "num_in_plan": 10**30},
+        {"num_planned": True, "state": ["done"], "updated": 7, "identity": {"task": 1}},
+    ],
+    ids=str,
+)
+def test_nonsense_in_the_status_file_is_passed_over(noted: dict[str, Any], tmp_path: Path) -> None:
+    folder = cell(tmp_path)
+    folder.append({"sample_id": "a", "status": "ok", "score": 1.0})
+    (folder.path / "status.json").write_text(json.dumps({**noted, "host": "h"}))
+    assert read_status(folder.path) == {"host": "h"}
+    assert read_rows([folder.path])["num_planned"].tolist() == [1]
+    folder.begin(3, {"ok": 1})
+    folder.note_plan(4)
+    assert read_status(folder.path)["num_planned"] == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": {}},
+        {"identity": []},
+        {"identity": {**IDENTITY, "policy": "keydiff"}},
+        {"identity": {**IDENTITY, "budget": {"name": 512}}},
+        {"identity": {**IDENTITY, "codec": "kivi"}},
+        {"identity": {**IDENTITY, "content": "abc"}},
+        {"argv": None},
+        {"git": {"commit": 7}},
+        {"machine": "mine"},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_another_shape_is_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    folder = cell(tmp_path)
+    folder.append({"sample_id": "a", "status": "ok", "score": 1.0})
+    manifest = folder.path / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    with pytest.raises(UsageError, match=r"manifest\.json is damaged; move the folder away"):
+        read_rows([folder.path])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("a folder", "manifest.json"),
+        ("a folder", "samples.jsonl"),
+        ("a folder", "status.json"),
+        ("a loop", "manifest.json"),
+        ("a loop", "status.json"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(kind: str, name: str, tmp_path: Path) -> None:
+    folder = cell(tmp_path)
+    folder.append({"sample_id": "a", "status": "ok", "score": 1.0})
+    folder.write_status("done")
+    path = folder.path / name
+    path.unlink()
+    path.symlink_to(name) if kind == "a loop" else path.mkdir()
+    with pytest.raises(UsageError, match=f"{path} cannot be read|no manifest"):
+        read_rows([folder.path])
+
+
+def test_a_lock_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    folder = cell(tmp_path)
+    (folder.path / ".lock").mkdir()
+    with pytest.raises(UsageError, match="cannot be written"), folder.claimed():
+        pass

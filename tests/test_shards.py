@@ -157,7 +157,7 @@ def test_a_plan_of_shards_adds_up_to_the_plan_of_the_cell(kvarena: Kvarena) -> N
 
 
 def test_shards_write_side_by_side_and_nobody_else_does(tmp_path: Path) -> None:
-    cell(tmp_path).append({"sample_id": "a", "status": "ok"})
+    cell(tmp_path).append({"sample_id": "a", "status": "ok", "score": 1})
     with cell(tmp_path, "1/2").claimed(), cell(tmp_path, "2/2").claimed():
         assert [status.state for status in cell_statuses(tmp_path)] == ["running"]
         for shard in ("1/2", "2/2", None):
@@ -203,7 +203,7 @@ def test_damage_in_another_shard_is_repaired_without_a_shard(tmp_path: Path) -> 
 
 def test_a_good_row_of_any_shard_counts(tmp_path: Path) -> None:
     for shard, status in ((None, "error"), ("1/2", "ok"), ("1/3", "oom")):
-        cell(tmp_path, shard).append({"sample_id": "a", "status": status})
+        cell(tmp_path, shard).append({"sample_id": "a", "status": status, "score": 1})
     (row,) = read_lines(cell(tmp_path).path)
     assert row["status"] == "ok"
 

@@ -20,7 +20,7 @@ from kvarena.harness.bench.peers import (
 from kvarena.harness.bench.phases import phases
 from kvarena.harness.bench.plan import DEFAULT, FULL, POLICIES, QUICK, SCORE_FREE, Plan
 from kvarena.harness.bench.roofline import roofline
-from kvarena.harness.bench.run import Section, chosen, run_sections, usage_errors
+from kvarena.harness.bench.run import Section, chosen, quiet_command, run_sections
 from kvarena.harness.bench.speed import decode, prefill
 from kvarena.harness.bench.subjects import Subject, bundled_model, toy
 from kvarena.harness.bench.targets import targets
@@ -143,9 +143,9 @@ def main() -> None:
     parser.add_argument("--only", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--kvpress-python", metavar="FILE", help="an interpreter that has kvpress")
     parser.add_argument("--results", type=Path, default=Path("results/bench"), metavar="FOLDER")
-    options = parser.parse_args()
-    plan = QUICK if options.quick else FULL if options.full else DEFAULT
-    with usage_errors(), contextlib.ExitStack() as stack:
+    with quiet_command(), contextlib.ExitStack() as stack:
+        options = parser.parse_args()
+        plan = QUICK if options.quick else FULL if options.full else DEFAULT
         subject = toy() if options.quick else bundled_model()
         kvpress = None
         if options.kvpress_python:

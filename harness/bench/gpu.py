@@ -16,7 +16,7 @@ import pandas as pd
 from kvarena.harness.bench.measure import Case, Variant, now_sec, select
 from kvarena.harness.bench.plan import POLICIES
 from kvarena.harness.bench.roofline import POLICY, machine, rated_pass
-from kvarena.harness.bench.run import Section, chosen, run_sections, usage_errors
+from kvarena.harness.bench.run import Section, chosen, quiet_command, run_sections
 from kvarena.harness.bench.speed import prefill
 from kvarena.harness.bench.subjects import Subject, llama_8b, toy
 from kvarena.harness.bench.targets import TARGET_COLUMNS, check
@@ -228,8 +228,8 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="a tiny model: does it run at all?")
     parser.add_argument("--only", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--results", type=Path, default=Path("results/bench"), metavar="FOLDER")
-    options = parser.parse_args()
-    with usage_errors():
+    with quiet_command():
+        options = parser.parse_args()
         check_device(options.device)
         if options.device == "cpu" and not options.toy:
             raise UsageError("device=cpu is too slow for the 8B shape; add --toy or use cuda")

@@ -1,6 +1,5 @@
-"""What both benches share: sections one after the other, their files, and how errors end."""
+"""What both benches share: sections one after the other, their files, and how they end."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from kvarena.harness.bench.measure import Variant, measure, summarise
 from kvarena.harness.bench.roofline import with_fractions
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.bench.table import machine_columns, write_tables
-from kvarena.harness.errors import UsageError
+from kvarena.harness.entry import one_line_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +48,8 @@ def chosen(sections: Mapping[str, Section], only: str | None) -> dict[str, Secti
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
-    """A UsageError becomes one line and exit code 2; transformers' remarks are left out."""
+def quiet_command() -> Iterator[None]:
+    """Errors in one line, and transformers' remarks left out."""
     transformers_logging.set_verbosity_error()
-    try:
+    with one_line_errors():
         yield
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
