@@ -6,11 +6,11 @@
 import difflib
 import importlib
 import importlib.resources
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
@@ -80,7 +80,7 @@ def build(settings: Mapping[str, Any]) -> Any:  # Any: whatever class _target_ n
     Raises UsageError for a setting that the class refuses. Only kvarena's own classes can be named.
     """
     given = dict(settings)
-    factory = named_class(given.pop("_target_"))
+    factory = _class(given.pop("_target_"), object)
     known = [option.name for option in fields(factory) if option.init]
     for name in given:
         one_of(f"{factory.__name__} option", name, known)
@@ -91,37 +91,40 @@ def build(settings: Mapping[str, Any]) -> Any:  # Any: whatever class _target_ n
 
 
 def named_class(target: Any, base: type = object) -> type:  # Any: what a user may have typed
-    """The class that ``_target_`` names; UsageError unless it is kvarena's and a ``base``."""
+    """The class that ``_target_`` names. Raises UsageError unless it is kvarena's and a ``base``.
+
+    What its file raises when it is imported is one line too, with the place in the file.
+    """
+    try:
+        return _class(target, base)
+    except UsageError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [(frame.filename, frame.lineno) for frame in frames if frame.filename[0] != "<"]
+        if isinstance(error, SyntaxError):
+            places.append((str(error.filename), error.lineno))
+        file, line = places[-1]
+        raise UsageError(
+            f"{target} cannot be imported: {type(error).__name__}: {error} ({file}, line {line})"
+        ) from error
+
+
+def _class(target: Any, base: type) -> type:  # Any: what a user may have typed
     module_name, _, class_name = str(target).rpartition(".")
     if not module_name.startswith("kvarena."):
         raise UsageError(f"_target_ must name a class in kvarena, got {target!r}")
-    found = getattr(import_plugin(module_name), class_name, None)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # it is there, and imports what is not
+        raise UsageError(f"no module {module_name}; leave _target_ as its yaml has it") from None
+    found = getattr(module, class_name, None)
     if not isinstance(found, type) or not issubclass(found, base) or not is_dataclass(found):
         kind = "class" if base is object else base.__name__
         raise UsageError(f"_target_={target} names no {kind}; leave _target_ as its yaml has it")
     return found
-
-
-def import_plugin(name: str) -> ModuleType:
-    """A module of kvarena. Raises UsageError, with file and line, for one that does not import."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if not f"{name}.".startswith(f"{error.name}."):  # it is there, and imports what is not
-            raise UsageError(_why_not(name, error)) from error
-        raise UsageError(f"no module {name}; leave _target_ as its yaml has it") from None
-    except Exception as error:
-        raise UsageError(_why_not(name, error)) from error
-
-
-def _why_not(name: str, error: Exception) -> str:
-    """One line with the file and line that stopped an import."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [(frame.filename, frame.lineno) for frame in frames if frame.filename[0] != "<"]
-    if isinstance(error, SyntaxError):
-        places.append((str(error.filename), error.lineno))
-    file, line = places[-1]
-    return f"{name} cannot be imported: {type(error).__name__}: {error} ({file}, line {line})"
 
 
 def check_location(source: str) -> None:
@@ -146,7 +149,7 @@ def main() -> None:
 def _about(settings: Mapping[str, Any]) -> str:
     if "_target_" not in settings:
         return str(settings["source"] or "any hub id or folder: model=org/name")
-    module = import_plugin(settings["_target_"].rpartition(".")[0])
+    module = sys.modules[named_class(settings["_target_"]).__module__]
     return (module.__doc__ or "").strip().partition("\n")[0]
 
 

@@ -205,7 +205,7 @@ def ids(rows: list[dict]) -> list[str]:
         ("data=sample", "unknown setting 'data'. Did you mean task.data ("),
         ("lengths=[1000]", "unknown setting 'lengths'. Did you mean task.lengths (needle, ruler)?"),
         ("lenghts=[1000]", "unknown setting 'lenghts'. Did you mean task.lengths (needle, ruler)?"),
-        ("recent=64", "unknown setting 'recent'. Did you mean policy.recent or codec.recent ("),
+        ("recent=64", "unknown setting 'recent'. Did you mean policy.recent"),
         ("window=8", "Did you mean policy.window (snapkv) or codec.window ("),
         ("temperature=1", "Did you mean sampling.temperature?"),
         ("task.data=sample", "(data is an option of "),

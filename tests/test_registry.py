@@ -235,7 +235,7 @@ def test_a_file_that_does_not_import_is_named_with_its_line(
     with pytest.raises(UsageError) as refusal:
         named_class("kvarena.policies.mine.Mine", Policy)
     message = str(refusal.value)
-    assert message.startswith(f"kvarena.policies.mine cannot be imported: {what}")
+    assert message.startswith(f"kvarena.policies.mine.Mine cannot be imported: {what}")
     assert message.endswith(f"({tmp_path}/mine.py, line {line})")
 
 
