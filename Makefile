@@ -218,27 +218,27 @@ FROM = $(or $(value RESULTS),results)
 
 .PHONY: status
 status: .venv/.stamp ## every cell: done, failed, running or missing
-	@.venv/bin/python -m kvarena.harness.status '$(FROM)' $(UNREAD)
+	@.venv/bin/python -m kvarena.harness.report.status '$(FROM)' $(UNREAD)
 
 .PHONY: drop-planned
 drop-planned: .venv/.stamp ## forget cells that were planned and never began; no row is touched
-	@.venv/bin/python -m kvarena.harness.status '$(FROM)' --drop-planned
+	@.venv/bin/python -m kvarena.harness.report.status '$(FROM)' --drop-planned
 
 .PHONY: table
 table: .venv/.stamp ## all rows as Parquet and CSV; tables for papers in Markdown and LaTeX
-	@.venv/bin/python -m kvarena.harness.paper_tables '$(FROM)'
+	@.venv/bin/python -m kvarena.harness.report.paper_tables '$(FROM)'
 
 .PHONY: report
 report: .venv/.stamp ## one HTML page with every picture and table, to open without network
-	@.venv/bin/python -m kvarena.harness.html_report '$(FROM)'
+	@.venv/bin/python -m kvarena.harness.report.html_page '$(FROM)'
 
 .PHONY: rescore
 rescore: .venv/.stamp ## score stored answers again, without a model; nothing is overwritten
-	@.venv/bin/python -m kvarena.harness.rescore '$(FROM)'
+	@.venv/bin/python -m kvarena.harness.cells.rescore '$(FROM)'
 
 ##@ Recorded runs (results/reference and results/anatomy)
 
-REFERENCE := .venv/bin/python -m kvarena.harness.reference results
+REFERENCE := .venv/bin/python -m kvarena.harness.studies.reference results
 RUN_ALL := .venv/bin/kvarena --multirun 'policy=$(ALL_POLICIES)'
 
 .PHONY: reference
@@ -280,11 +280,11 @@ equal-bytes: train-locret ## policies, codecs and both in the same bytes of KV c
 	$(FIDELITY) policy=full codec=kivi codec.bits=4 $(WINDOW)
 	$(FIDELITY) policy=full codec=kvcomp $(WINDOW)
 	$(FIDELITY) policy=keydiff,snapkv,streaming_llm,locret codec=kivi codec.bits=4 $(WINDOW)
-	.venv/bin/python -m kvarena.harness.equal_bytes results/equal-bytes
+	.venv/bin/python -m kvarena.harness.studies.equal_bytes results/equal-bytes
 
 .PHONY: train-locret
 train-locret: .venv/.stamp ## trained heads for POLICY=locret, once for each MODEL: 21 minutes on one busy core
-	.venv/bin/python -m kvarena.harness.train_locret $(if $(MODEL),--model '$(value MODEL)') \
+	.venv/bin/python -m kvarena.harness.training.locret $(if $(MODEL),--model '$(value MODEL)') \
 	  $(if $(DEVICE),--device '$(value DEVICE)')
 
 .PHONY: notebooks
@@ -293,7 +293,7 @@ notebooks: .venv/.stamp ## run the notebooks on the committed results and keep t
 
 .PHONY: anatomy
 anatomy: .venv/.stamp ## what each policy keeps, and where keys point: ten minutes
-	.venv/bin/python -m kvarena.harness.anatomy results/anatomy
+	.venv/bin/python -m kvarena.harness.studies.kept_tokens results/anatomy
 
 ##@ Speed (results/bench)
 

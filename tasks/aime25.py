@@ -13,11 +13,11 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from kvarena.tasks.benchmark_downloads import HubFile
-from kvarena.tasks.benchmark_rows import Row, is_count, is_text
-from kvarena.tasks.math_answers import normalised
-from kvarena.tasks.math_problems import TEXT, ProblemSet
-from kvarena.tasks.math_task import MathTask
+from kvarena.tasks.benchmark.downloads import HubFile
+from kvarena.tasks.benchmark.rows import Row, is_count, is_text
+from kvarena.tasks.math.answers import normalised
+from kvarena.tasks.math.problems import TEXT, ProblemSet
+from kvarena.tasks.math.task import MathTask
 
 TEST_FILE = HubFile(
     repo="math-ai/aime25",

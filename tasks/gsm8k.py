@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kvarena.tasks.base import Sample, Tokenizer, count_question_tokens, render_prompt
-from kvarena.tasks.benchmark_downloads import HubFile
-from kvarena.tasks.benchmark_rows import Row, is_text
-from kvarena.tasks.math_answers import same_answer
-from kvarena.tasks.math_problems import TEXT, ProblemSet
-from kvarena.tasks.math_task import MathTask
+from kvarena.tasks.benchmark.downloads import HubFile
+from kvarena.tasks.benchmark.rows import Row, is_text
+from kvarena.tasks.math.answers import same_answer
+from kvarena.tasks.math.problems import TEXT, ProblemSet
+from kvarena.tasks.math.task import MathTask
 
 TEST_FILE = HubFile(
     repo="openai/gsm8k",

@@ -11,10 +11,10 @@ Differs from the paper: math-verify compares the answers, not the graders of eit
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from kvarena.tasks.benchmark_downloads import HubFile
-from kvarena.tasks.benchmark_rows import Row, is_count
-from kvarena.tasks.math_problems import TEXT, ProblemSet
-from kvarena.tasks.math_task import MathTask
+from kvarena.tasks.benchmark.downloads import HubFile
+from kvarena.tasks.benchmark.rows import Row, is_count
+from kvarena.tasks.math.problems import TEXT, ProblemSet
+from kvarena.tasks.math.task import MathTask
 
 # The checksum is also that of the original, prm800k/math_splits/test.jsonl of
 # https://github.com/openai/prm800k.

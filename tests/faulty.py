@@ -23,12 +23,19 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from kvarena.harness import models, report, run, run_cell
+from kvarena.harness.cells import run_cell
+from kvarena.harness.command import run
+from kvarena.harness.models import loading
 from kvarena.harness.progress import TokenProgress
-from kvarena.harness.results import CellFolder
+from kvarena.harness.report import after_run
+from kvarena.harness.store.cell_folder import CellFolder
 from kvarena.tasks.needle import Needle
 
-PRELOADED = ["kvarena.harness.run", "kvarena.harness.run_cell", "kvarena.harness.report"]
+PRELOADED = [
+    "kvarena.harness.command.run",
+    "kvarena.harness.cells.run_cell",
+    "kvarena.harness.report.after_run",
+]
 TIMES = ("ttft_sec", "decode_tokens_per_sec")
 MAY_DIFFER = (*TIMES, "slots", "commit")  # of two runs of one cell, a commit made in between
 
@@ -68,7 +75,7 @@ class Kvarena:
         with self.monkeypatch.context() as patch:
             patch.setattr(sys, "argv", argv)
             if not with_report:
-                patch.setattr(report, "report", lambda *_, **__: [])
+                patch.setattr(after_run, "report", lambda *_, **__: [])
             try:
                 run.main()
             except SystemExit as stop:
@@ -108,7 +115,7 @@ def no_model_loads() -> Iterator[None]:
         pytest.fail("a model was loaded")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "load_weights", refuse)
+        patch.setattr(loading, "load_weights", refuse)
         yield
 
 
@@ -168,7 +175,7 @@ def _command(arguments: list[str], log: Path, fault: Callable[[], None] | None) 
     # A shell that starts tests in the background has them ignore Ctrl-C, and that is inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
-    report.report = lambda *_, **__: []
+    after_run.report = lambda *_, **__: []
     sys.argv = ["kvarena", *arguments]
     if fault is not None:
         fault()
@@ -269,7 +276,7 @@ Hook = Callable[[Mapping[str, Any], Any], None]
 
 def hook_model(patch: pytest.MonkeyPatch, hook: Hook) -> None:
     """Every model that loads from now on calls ``hook`` after each pass."""
-    load = models.load_weights
+    load = loading.load_weights
 
     def hooked(*arguments: Any, **options: Any) -> torch.nn.Module:  # Any: handed through
         def call(module: torch.nn.Module, _: Any, inputs: Any, output: Any) -> None:
@@ -279,14 +286,14 @@ def hook_model(patch: pytest.MonkeyPatch, hook: Hook) -> None:
         model.register_forward_hook(call, with_kwargs=True)
         return model
 
-    patch.setattr(models, "load_weights", hooked)
+    patch.setattr(loading, "load_weights", hooked)
 
 
 def needle_prompts(overrides: Sequence[str], depths: Sequence[float]) -> dict[str, Sequence[int]]:
     """Sample id -> token ids, of toy_folder's needles at these depths."""
     source, haystack = (text.partition("=")[2] for text in overrides[:2])
     task = Needle(lengths=(400,), depths=tuple(depths), haystack=haystack, max_new_tokens=6)
-    tokenizer = models.load_tokenizer(models.ModelSpec(name="toy", source=source))
+    tokenizer = loading.load_tokenizer(loading.ModelSpec(name="toy", source=source))
     return {sample.id: sample.prompt_token_ids for sample in task.samples(tokenizer, 0)}
 
 

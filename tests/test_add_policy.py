@@ -64,7 +64,8 @@ import json, sys
 from contextlib import redirect_stdout
 from pathlib import Path
 import pytest
-from kvarena.harness import registry, run
+from kvarena.harness import registry
+from kvarena.harness.command import run
 from kvarena.harness.testing import check_policy
 
 here = Path(sys.argv[1])

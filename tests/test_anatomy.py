@@ -11,12 +11,12 @@ import torch
 from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
-from kvarena.harness import anatomy, anatomy_plots
 from kvarena.harness.engine import Engine, KeptTokens
-from kvarena.harness.key_geometry import KeyProbe, agreement
 from kvarena.harness.models import load_model
-from kvarena.harness.reference import REPOSITORY
-from kvarena.harness.survival import needle_shares, policy_overlap, prefill_overlap
+from kvarena.harness.studies import kept_figures, kept_tokens
+from kvarena.harness.studies.kept_overlap import needle_shares, policy_overlap, prefill_overlap
+from kvarena.harness.studies.key_geometry import KeyProbe, agreement
+from kvarena.harness.studies.reference import REPOSITORY
 from kvarena.policies.full import Full
 from kvarena.tasks.base import Sample, Tokenizer
 from kvarena.tasks.needle import Needle
@@ -40,7 +40,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 @pytest.fixture(scope="module")
 def tables(setting: Setting) -> Tables:
-    return anatomy.record(*setting, budget_tokens=BUDGET, chunk_tokens=CHUNK)
+    return kept_tokens.record(*setting, budget_tokens=BUDGET, chunk_tokens=CHUNK)
 
 
 # ---- what is kept ----
@@ -50,7 +50,7 @@ def test_every_policy_keeps_the_budget_in_every_head_whichever_way_it_reads(
     setting: Setting, tables: Tables
 ) -> None:
     heads = tables["kept.parquet"].groupby(["sample_id", "policy", "prefill", "layer", "head"])
-    assert len(heads) == 2 * len(anatomy.evicting_policies()) * 2 * 3 * 2
+    assert len(heads) == 2 * len(kept_tokens.evicting_policies()) * 2 * 3 * 2
     assert set(heads.size()) == {BUDGET} == set(heads["position"].nunique())
     assert heads["position"].apply(lambda held: held.is_monotonic_increasing).all()
 
@@ -73,7 +73,7 @@ def test_pruned_once_keydiff_keeps_the_keys_the_probe_finds_least_similar(
 ) -> None:
     """Two recordings that share no code beyond the engine: only a full prefill gives this."""
     sample = setting[2][1]
-    _, keys = anatomy.probe(setting[0], sample, CHUNK)
+    _, keys = kept_tokens.probe(setting[0], sample, CHUNK)
     kept = tables["kept.parquet"]
     own = kept[(kept["policy"] == "keydiff") & (kept["sample_id"] == sample.id)]
     same = {"whole": 0, "chunked": 0}
@@ -99,8 +99,8 @@ def test_the_needle_is_counted_after_every_pass(setting: Setting, tables: Tables
         assert chunked.iloc[-1] == 0
         assert chunked.max() > 0
     everything = KeptTokens(seen_tokens=30, positions=[torch.arange(30).expand(2, 30)] * 3)
-    assert (anatomy.needle_table(everything, 10, 7)["num_held"] == 7).all()
-    assert (anatomy.needle_table(everything, 28, 7)["num_held"] == 2).all()
+    assert (kept_tokens.needle_table(everything, 10, 7)["num_held"] == 7).all()
+    assert (kept_tokens.needle_table(everything, 28, 7)["num_held"] == 2).all()
 
 
 # ---- the keys ----
@@ -220,7 +220,7 @@ def test_needle_shares_begin_once_the_needle_is_read() -> None:
 
 def test_tables_come_back_from_their_files(tables: Tables, tmp_path: Path) -> None:
     for name, table in tables.items():
-        anatomy.write_table(table, tmp_path / name)
+        kept_tokens.write_table(table, tmp_path / name)
     kept = pd.read_parquet(tmp_path / "kept.parquet")
     pd.testing.assert_frame_equal(kept, tables["kept.parquet"])
     samples = pd.read_csv(tmp_path / "samples.csv")
@@ -234,13 +234,13 @@ def test_the_same_tables_give_the_same_figures(tables: Tables) -> None:
 
     def draw() -> list[bytes]:
         return [
-            anatomy_plots.kept_map(kept, samples, samples["sample_id"][0]),
-            anatomy_plots.overlap_map(policy_overlap(kept, samples)),
-            anatomy_plots.prefill_lines(prefill_overlap(kept, samples)),
-            anatomy_plots.needle_lines(shares),
-            anatomy_plots.correlation_dots(tables["agreement.parquet"]),
-            anatomy_plots.share_lines(tables["agreement.parquet"]),
-            anatomy_plots.key_dots(keys, [(0, 0), (2, 1)]),
+            kept_figures.kept_map(kept, samples, samples["sample_id"][0]),
+            kept_figures.overlap_map(policy_overlap(kept, samples)),
+            kept_figures.prefill_lines(prefill_overlap(kept, samples)),
+            kept_figures.needle_lines(shares),
+            kept_figures.correlation_dots(tables["agreement.parquet"]),
+            kept_figures.share_lines(tables["agreement.parquet"]),
+            kept_figures.key_dots(keys, [(0, 0), (2, 1)]),
         ]
 
     first = draw()
@@ -255,7 +255,7 @@ def test_the_recorded_tables_are_small_complete_and_name_no_machine() -> None:
     assert re.fullmatch("[0-9a-f]{40}", json.loads(manifest)["git"]["commit"])
     assert not re.search(r'"/|\b(home|tmp|work)/', manifest)
     kept = pd.read_parquet(RECORDED / "kept.parquet")
-    assert sorted(kept["policy"].unique()) == anatomy.evicting_policies()
+    assert sorted(kept["policy"].unique()) == kept_tokens.evicting_policies()
     samples = pd.read_csv(RECORDED / "samples.csv", dtype={"number": str})
     assert set(kept["sample_id"]) == set(samples["sample_id"])
     assert all(

@@ -18,12 +18,12 @@ from kvarena.harness.bench.measure import Case, Variant, measure, select, summar
 from kvarena.harness.bench.memory import peak_bytes
 from kvarena.harness.bench.peers import KvpressServer, dynamic_cache_decode
 from kvarena.harness.bench.phases import PHASES, PhaseClock, clocks
-from kvarena.harness.bench.plan import POLICIES, QUICK
 from kvarena.harness.bench.roofline import pass_bytes, pass_flops, with_fractions
-from kvarena.harness.bench.run import chosen, run_sections
-from kvarena.harness.bench.steps import full_slots, run_passes
+from kvarena.harness.bench.sections import chosen, run_sections
+from kvarena.harness.bench.sizes import POLICIES, QUICK
 from kvarena.harness.bench.subjects import Subject, toy
 from kvarena.harness.bench.targets import check, targets
+from kvarena.harness.bench.timed_passes import full_slots, run_passes
 from kvarena.harness.engine import Engine, Request
 from kvarena.harness.engine.attention import KERNELS
 from kvarena.harness.errors import UsageError

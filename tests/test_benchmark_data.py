@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kvarena.tasks import benchmark_data
 from kvarena.tasks.base import Task
-from kvarena.tasks.benchmark_data import Source, open_source
-from kvarena.tasks.benchmark_downloads import WebFile
-from kvarena.tasks.benchmark_rows import DataFile, is_count, is_text, is_texts
+from kvarena.tasks.benchmark import source
+from kvarena.tasks.benchmark.downloads import WebFile
+from kvarena.tasks.benchmark.rows import DataFile, is_count, is_text, is_texts
+from kvarena.tasks.benchmark.source import Source, open_source
 from kvarena.tasks.longbench import LongBench
 from kvarena.tasks.math500 import Math500
 
@@ -229,7 +229,7 @@ def test_reading_leaves_nothing_behind(tmp_path: Path) -> None:
     caches = {name: str(home / "cache") for name in ("XDG_CACHE_HOME", "HF_HOME")}
     environment = os.environ | {"HOME": str(home), "TMPDIR": str(temporary), **caches}
     code = f"""
-from kvarena.tasks.benchmark_rows import DataFile
+from kvarena.tasks.benchmark.rows import DataFile
 from pathlib import Path
 print(DataFile(Path({str(path)!r}), "data/task.jsonl").rows({{}}) == {ROWS!a})
 """
@@ -249,7 +249,7 @@ def test_a_packed_file_is_refused_where_the_locale_would_change_its_text(tmp_pat
         "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"
     }  # fmt: skip
     code = f"""
-from kvarena.tasks.benchmark_rows import DataFile
+from kvarena.tasks.benchmark.rows import DataFile
 from pathlib import Path
 assert DataFile(Path({str(written(tmp_path, CONTENT).path)!r})).rows({{}}) == {ROWS!a}
 try:
@@ -269,7 +269,7 @@ except ValueError as error:
 def test_datasets_is_imported_when_rows_are_read_and_not_before() -> None:
     code = """
 import sys
-import kvarena.harness.cell, kvarena.harness.engine, kvarena.harness.bench.run
+import kvarena.harness.cells.cell, kvarena.harness.engine, kvarena.harness.bench.sections
 from kvarena.harness.registry import build, choices, load_choice
 for name in choices("task"):
     build(load_choice("task", name))
@@ -467,5 +467,5 @@ def test_a_file_that_is_not_the_pinned_one_is_refused(
 
 
 def test_the_samples_are_small() -> None:
-    sizes = [path.stat().st_size for path in benchmark_data.SAMPLE_FOLDER.rglob("*.json*")]
+    sizes = [path.stat().st_size for path in source.SAMPLE_FOLDER.rglob("*.json*")]
     assert sum(sizes) < 400_000

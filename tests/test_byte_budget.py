@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from kvarena.harness import run_cell as cell_runs
 from kvarena.harness.budget import parse_budget
+from kvarena.harness.cells import run_cell as cell_runs
+from kvarena.harness.cells.run_cell import run_cell
 from kvarena.harness.errors import UsageError
-from kvarena.harness.kv_bytes import values_per_token
-from kvarena.harness.models import load_config
+from kvarena.harness.models.kv_size import values_per_token
+from kvarena.harness.models.loading import load_config
 from kvarena.harness.registry import choice_label, load_choice
-from kvarena.harness.run_cell import run_cell
 from toy_folder import save_haystack, save_model_folder, toy_cell
 
 

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kvarena.harness.charts import (
+from kvarena.harness.report.budget_charts import (
     bar_chart,
     budget_chart,
     by_budget_kind,
@@ -19,7 +19,7 @@ from kvarena.harness.charts import (
     pareto_front,
     score_chart,
 )
-from kvarena.harness.policy_styles import policy_style
+from kvarena.harness.report.policy_styles import policy_style
 
 NAN = float("nan")
 

@@ -21,11 +21,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from kvarena.harness import models, report, run, run_cell
-from kvarena.harness.config import RunConfig
-from kvarena.harness.overrides import prepare_arguments
+from kvarena.harness.cells import run_cell
+from kvarena.harness.command import run
+from kvarena.harness.command.overrides import prepare_arguments
+from kvarena.harness.command.schema import RunConfig
+from kvarena.harness.models import loading
 from kvarena.harness.registry import build, choices
-from kvarena.harness.results import CellFolder
+from kvarena.harness.report import after_run
+from kvarena.harness.store.cell_folder import CellFolder
 from kvarena.policies.keydiff import KeyDiff
 from toy_folder import CONTEXT_TOKENS, toy_overrides
 
@@ -99,20 +102,20 @@ def kvarena(
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the models loaded so far."""
-    load, names = models.load_weights, []
+    load, names = loading.load_weights, []
 
-    def spy(spec: models.ModelSpec, **options: str) -> object:
+    def spy(spec: loading.ModelSpec, **options: str) -> object:
         names.append(spec.name)
         return load(spec, **options)
 
-    monkeypatch.setattr(models, "load_weights", spy)
+    monkeypatch.setattr(loading, "load_weights", spy)
     return names
 
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a run's second goes into tables and pictures."""
-    monkeypatch.setattr(report, "report", lambda *arguments, **options: [])
+    monkeypatch.setattr(after_run, "report", lambda *arguments, **options: [])
 
 
 def rows_of(results: Path) -> dict[str, list[dict]]:
@@ -290,7 +293,7 @@ def test_a_folder_without_weights_is_one_line(
 def test_a_typo_is_told_without_waiting_for_torch() -> None:
     code = (
         "import sys\n"
-        "from kvarena.harness.run import main\n"
+        "from kvarena.harness.command.run import main\n"
         "try: main()\n"
         "except SystemExit as stop: code = stop.code\n"
         "sys.exit(3 if 'torch' in sys.modules else code)"
@@ -587,7 +590,7 @@ def test_a_failure_of_ours_has_a_traceback_and_code_1(
     def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(models, "load_weights", fail)
+    monkeypatch.setattr(loading, "load_weights", fail)
     outcome = kvarena()
     assert outcome.code == 1
     assert outcome.err.startswith("Traceback")
@@ -606,7 +609,11 @@ def test_the_installed_command_runs_from_another_folder(
     overrides: list[str], tmp_path: Path
 ) -> None:
     command = Path(sys.executable).with_name("kvarena")
-    start = [str(command)] if command.exists() else [sys.executable, "-m", "kvarena.harness.run"]
+    start = (
+        [str(command)]
+        if command.exists()
+        else [sys.executable, "-m", "kvarena.harness.command.run"]
+    )
     done = subprocess.run(
         [*start, *overrides, "limit=1"],
         cwd=tmp_path,

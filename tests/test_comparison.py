@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvarena.harness.comparison import compare_cells, compare_pairs, is_full_cache
+from kvarena.harness.analysis.comparison import compare_cells, compare_pairs, is_full_cache
+from kvarena.harness.analysis.intervals import holm, mean_interval, paired_difference
 from kvarena.harness.errors import UsageError
-from kvarena.harness.statistics import holm, mean_interval, paired_difference
 from score_rows import BASE
 
 # Rows of an early recorded run, kept so that a new recording changes no expectation.

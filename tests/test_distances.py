@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from kvarena.harness.distances import are_forced, distances, score_name
-from kvarena.harness.report import own_summaries
+from kvarena.harness.analysis.distances import are_forced, distances, score_name
+from kvarena.harness.report.after_run import own_summaries
 from score_rows import BASE
 
 

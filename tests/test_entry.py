@@ -211,11 +211,11 @@ def run_into(output: int, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["kvarena.harness.run", "--help"],
-        ["kvarena.harness.run", "--version"],
-        ["kvarena.harness.run", "-c", "job"],
-        ["kvarena.harness.run", "-sc", "install=bash"],
-        ["kvarena.harness.status", "--help"],
+        ["kvarena.harness.command.run", "--help"],
+        ["kvarena.harness.command.run", "--version"],
+        ["kvarena.harness.command.run", "-c", "job"],
+        ["kvarena.harness.command.run", "-sc", "install=bash"],
+        ["kvarena.harness.report.status", "--help"],
     ],
     ids=" ".join,
 )
@@ -230,14 +230,14 @@ def test_output_that_nobody_reads_ends_a_command_quietly(arguments: list[str]) -
 def test_a_log_that_nobody_reads_is_no_traceback_either() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = run_into(writer, "kvarena.harness.run", "--info")
+    done = run_into(writer, "kvarena.harness.command.run", "--info")
     os.close(writer)
     assert done.stderr == ""
 
 
 def test_a_full_disk_behind_the_output_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
-        done = run_into(full.fileno(), "kvarena.harness.run", "--version")
+        done = run_into(full.fileno(), "kvarena.harness.command.run", "--version")
     assert done.returncode == 1
     assert done.stderr == "error: [Errno 28] No space left on device: '<stdout>'\n"
 

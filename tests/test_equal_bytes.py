@@ -6,11 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvarena.harness import equal_bytes
-from kvarena.harness.comparison import CELL
-from kvarena.harness.equal_bytes import FOLDER, labelled, summarise
-from kvarena.harness.reference import REPOSITORY
-from kvarena.harness.rows import recorded_rows
+from kvarena.harness.analysis.comparison import CELL
+from kvarena.harness.analysis.row_frame import recorded_rows
+from kvarena.harness.studies import equal_bytes
+from kvarena.harness.studies.equal_bytes import FOLDER, labelled, summarise
+from kvarena.harness.studies.reference import REPOSITORY
 
 ASKED, RAN = "full+kivi(window=64,bits=4)", "full+kivi(window=64,bits=2)"
 README = "before\n<!-- equal-bytes table: begin -->\nold\n<!-- equal-bytes table: end -->\nafter\n"

@@ -19,15 +19,15 @@ import pandas as pd
 import pytest
 
 from faulty import Kvarena, comparable, no_model_loads, read_only, read_rows
-from kvarena.harness import fingerprints
-from kvarena.harness import status as cell_status
-from kvarena.harness.comparison import compare_cells
+from kvarena.harness.analysis.comparison import compare_cells
+from kvarena.harness.analysis.row_frame import read_rows as tidy_rows
+from kvarena.harness.cells import fingerprints
 from kvarena.harness.errors import UsageError
-from kvarena.harness.html_report import write_report
-from kvarena.harness.paper_tables import write_tables
-from kvarena.harness.results import CellFolder, find_cells, flat, read_status
-from kvarena.harness.rows import read_rows as tidy_rows
-from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
+from kvarena.harness.report import status as cell_status
+from kvarena.harness.report.html_page import write_report
+from kvarena.harness.report.paper_tables import write_tables
+from kvarena.harness.store.cell_folder import CellFolder, find_cells, flat, read_status
+from kvarena.tasks.benchmark.source import SAMPLE_FOLDER
 from toy_folder import save_model_folder, toy_overrides
 from toys import toy_model
 

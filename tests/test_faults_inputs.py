@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from faulty import Kvarena, comparable, no_model_loads, read_rows
 from kvarena.harness.engine import Engine
 from kvarena.policies.keydiff import KeyDiff
-from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
+from kvarena.tasks.benchmark.source import SAMPLE_FOLDER
+from kvarena.tasks.math.answers import is_correct
 from kvarena.tasks.math500 import Math500
-from kvarena.tasks.math_answers import is_correct
 from kvarena.tasks.needle import Needle
 from toy_folder import toy_overrides
 from toys import toy_model, toy_prompt

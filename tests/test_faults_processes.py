@@ -22,7 +22,7 @@ from faulty import (
     slow_passes,
     started,
 )
-from kvarena.harness.rows import read_rows as read_tidy
+from kvarena.harness.analysis.row_frame import read_rows as read_tidy
 from toy_folder import toy_overrides
 
 SLOW = pytest.mark.slow

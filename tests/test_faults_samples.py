@@ -17,18 +17,18 @@ import pytest
 import torch
 
 from faulty import Hook, Kvarena, comparable, hook_model, logits_row, needle_prompts, read_rows
-from kvarena.harness import answers, run_cell
+from kvarena.harness.cells import run_cell, sample_rows
 from kvarena.harness.engine import Batch
-from kvarena.harness.results import read_status
+from kvarena.harness.store.cell_folder import read_status
 from kvarena.policies.base import LayerView
 from kvarena.policies.keydiff import KeyDiff
-from kvarena.tasks import math_grader
 from kvarena.tasks.base import Sample, Task
 from kvarena.tasks.gsm8k import Gsm8k
 from kvarena.tasks.longbench import LongBench
+from kvarena.tasks.math import grader
+from kvarena.tasks.math.answers import is_correct, last_box
+from kvarena.tasks.math.grader import UndecidedError
 from kvarena.tasks.math500 import Math500
-from kvarena.tasks.math_answers import is_correct, last_box
-from kvarena.tasks.math_grader import UndecidedError
 from kvarena.tasks.needle import Needle
 from toy_folder import toy_overrides
 
@@ -258,10 +258,10 @@ def test_an_answer_that_the_grader_cannot_decide_has_no_score(
 ) -> None:
     task, text = Math500(data="sample"), rf"\boxed{{{HANGING}}}"
     assert is_correct(r"\boxed{0.5}", "1/2")  # the child is there
-    monkeypatch.setattr(math_grader, "WALL_LIMIT_SEC", 1.0)
+    monkeypatch.setattr(grader, "WALL_LIMIT_SEC", 1.0)
     with pytest.raises(UndecidedError, match="math-verify gave up comparing"):
         task.score(math_sample("5"), text)
-    found = answers.score(task, math_sample("5"), text, finished=True)
+    found = sample_rows.score(task, math_sample("5"), text, finished=True)
     assert found.keys() == {"status", "error"}
     assert found["status"] == "score_error"
     assert found["error"].startswith("UndecidedError: math-verify gave up comparing '5^{5^{5^5}}'")

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from kvarena.codecs.none import NoCodec
-from kvarena.harness import run_cell as cell_runs
-from kvarena.harness.cell import Cell
+from kvarena.harness.cells import run_cell as cell_runs
+from kvarena.harness.cells.cell import Cell
+from kvarena.harness.cells.forced_answers import RecallProbe, compare, forced_answers
+from kvarena.harness.cells.run_cell import run_cell
 from kvarena.harness.engine import Engine, Request
 from kvarena.harness.engine.sampling import Sampling
 from kvarena.harness.errors import UsageError
-from kvarena.harness.fidelity import RecallProbe, compare, forced_answers
 from kvarena.harness.models import ModelSpec
 from kvarena.harness.registry import build, choices, load_choice
-from kvarena.harness.run_cell import run_cell
 from kvarena.policies.base import Policy
 from kvarena.policies.full import Full
 from kvarena.policies.keydiff import KeyDiff

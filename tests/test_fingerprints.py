@@ -10,9 +10,9 @@ import pytest
 from kvarena.codecs.base import Codec
 from kvarena.codecs.kivi import KIVI
 from kvarena.codecs.none import NoCodec
-from kvarena.harness import fingerprints
+from kvarena.harness.cells import fingerprints
+from kvarena.harness.cells.fingerprints import code_fingerprint
 from kvarena.harness.engine import ENGINE_VERSION
-from kvarena.harness.fingerprints import code_fingerprint
 from kvarena.policies.base import Policy
 from kvarena.policies.h2o import H2O
 from kvarena.policies.keydiff import KeyDiff

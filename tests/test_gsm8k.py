@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from kvarena.tasks.base import Sample
-from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
+from kvarena.tasks.benchmark.source import SAMPLE_FOLDER
 from kvarena.tasks.gsm8k import EXAMPLES, Gsm8k, worked_examples
-from kvarena.tasks.math_answers import is_correct
+from kvarena.tasks.math.answers import is_correct
 
 SAMPLE_FILE = SAMPLE_FOLDER / "gsm8k" / "test.jsonl"
 ROW = {"question": "How many are 1 and 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}

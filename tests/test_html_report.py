@@ -14,11 +14,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from kvarena.harness import html_report
-from kvarena.harness.comparison import compare_cells
-from kvarena.harness.distances import with_kl
-from kvarena.harness.html_report import render, write_report
-from kvarena.harness.report_provenance import describe_cells
+from kvarena.harness.analysis.comparison import compare_cells
+from kvarena.harness.analysis.distances import with_kl
+from kvarena.harness.report import html_page
+from kvarena.harness.report.html_page import render, write_report
+from kvarena.harness.report.html_provenance import describe_cells
 
 EVIL = "</td><script>alert(1)</script>&$x$\"'"
 NOTHING: dict[str, Any] = {"header": [], "lines": [], "environments": {}, "commands": {}}
@@ -108,7 +108,7 @@ def line_of(page: Page, policy: str, budget: str, table: int = 0) -> dict[str, s
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of words and tables: drawing takes most of the time."""
-    monkeypatch.setattr(html_report, "section_pictures", lambda rows, cells: [])
+    monkeypatch.setattr(html_page, "section_pictures", lambda rows, cells: [])
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +404,7 @@ def rules_of(css: str, selector: str) -> str:
 
 
 def test_no_rule_lets_a_policys_name_break() -> None:
-    css = (Path(html_report.__file__).parent / "report_page" / "style.css").read_text()
+    css = (Path(html_page.__file__).parent / "report_page" / "style.css").read_text()
     screen = css.partition("@media print")[0]
     for selector in (".sortable th:first-child", ".sortable", ".answers th"):
         assert "anywhere" not in rules_of(screen, selector)
@@ -543,7 +543,7 @@ def test_a_folder_without_rows_is_refused_in_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["html_report", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
-        html_report.main()
+        html_page.main()
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert "no rows" in error

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from hub_mirror import hub_mirror
-from kvarena.tasks import longbench_data, math500
-from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
+from kvarena.tasks import math500
+from kvarena.tasks.benchmark.source import SAMPLE_FOLDER
 from kvarena.tasks.gsm8k import Gsm8k
+from kvarena.tasks.longbench.task import data
 from toy_folder import save_model_folder
 
 SHARED = Path(os.environ.get("KVARENA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -28,7 +29,7 @@ COMMIT = "0123456789" * 4
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
 FETCH = f"""
 import sys, time
-from kvarena.tasks.benchmark_downloads import HubFile
+from kvarena.tasks.benchmark.downloads import HubFile
 started = time.monotonic()
 try:
     print(HubFile("org/set", "{COMMIT}", "rows/a.jsonl", sys.argv[1]).fetch().read_text())
@@ -96,7 +97,9 @@ def command(
         save_model_folder(model)
     arguments = [f"model={model}", f"results_dir={tmp_path / 'results'}", "mode=plan", *overrides]
     started = time.monotonic()
-    done = python(tmp_path, endpoint, "-m", "kvarena.harness.run", *arguments, offline=offline)
+    done = python(
+        tmp_path, endpoint, "-m", "kvarena.harness.command.run", *arguments, offline=offline
+    )
     assert time.monotonic() - started < 60
     return done.returncode, done.stderr
 
@@ -115,14 +118,14 @@ def test_the_command_says_in_one_line_how_to_get_the_data(
 LONGBENCH = """
 import json, sys
 from dataclasses import replace
-from kvarena.tasks import longbench_data
+from kvarena.tasks.longbench.task import data
 from kvarena.tasks.longbench import LongBench
 from test_longbench import CharTokenizer
 pins = json.loads(sys.argv[1])
-longbench_data.DATA_ZIP = replace(longbench_data.DATA_ZIP, sha256=pins["zip"])
-longbench_data.SETTINGS = tuple(
+data.DATA_ZIP = replace(data.DATA_ZIP, sha256=pins["zip"])
+data.SETTINGS = tuple(
     replace(file, url=url, sha256=sha256)
-    for file, (url, sha256) in zip(longbench_data.SETTINGS, pins["settings"], strict=True)
+    for file, (url, sha256) in zip(data.SETTINGS, pins["settings"], strict=True)
 )
 task = LongBench(data="hub", tasks="qasper,lcc")
 samples = task.samples(CharTokenizer(), 0)
@@ -139,9 +142,9 @@ def test_longbench_comes_from_the_zip_on_the_hub(
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("qasper", "lcc"):
             archive.write(sample / f"{name}.jsonl", f"data/{name}.jsonl")
-    pinned = longbench_data.DATA_ZIP
+    pinned = data.DATA_ZIP
     files = {(pinned.repo, pinned.revision, pinned.name): packed.getvalue()}
-    names = (longbench_data.PROMPTS, longbench_data.LENGTHS)
+    names = (data.PROMPTS, data.LENGTHS)
     files |= {("web/config", COMMIT, name): (sample / name).read_bytes() for name in names}
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with hub_mirror(files) as mirror:

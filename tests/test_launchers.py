@@ -22,10 +22,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from faulty import Kvarena, Outcome, comparable, no_model_loads, read_rows
-from kvarena.harness import launchers
-from kvarena.harness.config import RunConfig
-from kvarena.harness.run_cell import Outcome as CellOutcome
-from kvarena.harness.session import Failure, Session
+from kvarena.harness.cells.run_cell import Outcome as CellOutcome
+from kvarena.harness.command import launchers
+from kvarena.harness.command.job_outcomes import Failure, Session
+from kvarena.harness.command.schema import RunConfig
 from toy_folder import toy_overrides
 
 SLOW = pytest.mark.slow  # every other process imports torch
@@ -193,7 +193,14 @@ def test_of_two_jobs_that_are_one_cell_the_second_finds_it_done(kvarena: Kvarena
 def test_what_befalls_a_sweep_in_processes_is_told(fate: str, kvarena: Kvarena) -> None:
     many = f"task.depths={list(range(0, 100, 2))}".replace(" ", "")
     arguments = [f"results_dir={kvarena.results}", "launcher=joblib", "budget=64,96", many]
-    command = [sys.executable, "-m", "kvarena.harness.run", "-m", *kvarena.overrides, *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "kvarena.harness.command.run",
+        "-m",
+        *kvarena.overrides,
+        *arguments,
+    ]
     log = kvarena.folder / "log.txt"
     with log.open("w") as stream:
         process = subprocess.Popen(

@@ -10,27 +10,28 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kvarena.harness import train_locret
+from kvarena.harness.cells.fingerprints import code_fingerprint
 from kvarena.harness.engine import Engine
 from kvarena.harness.errors import UsageError
-from kvarena.harness.fingerprints import code_fingerprint
-from kvarena.harness.locret_data import (
+from kvarena.harness.models import find_model
+from kvarena.harness.models.loading import load_tokenizer, load_weights
+from kvarena.harness.registry import build, load_choice
+from kvarena.harness.training import locret
+from kvarena.harness.training.locret import Settings, Training, train
+from kvarena.harness.training.locret_heads import (
+    Observation,
+    Observer,
+    RetainingHeads,
+    retaining_loss,
+)
+from kvarena.harness.training.locret_overlap import overlap_table, scorers, top_overlap
+from kvarena.harness.training.locret_texts import (
     CONTINUATION_TOKENS,
     FACTS,
     HELD_OUT_FACTS,
     TrainingSample,
     TrainingTexts,
 )
-from kvarena.harness.locret_heads import (
-    Observation,
-    Observer,
-    RetainingHeads,
-    retaining_loss,
-)
-from kvarena.harness.locret_overlap import overlap_table, scorers, top_overlap
-from kvarena.harness.models import find_model, load_tokenizer, load_weights
-from kvarena.harness.registry import build, load_choice
-from kvarena.harness.train_locret import Settings, Training, train
 from kvarena.policies.base import LayerView, Needs, NewTokens, Policy
 from kvarena.policies.locret import Locret, retaining_scores, token_features
 from kvarena.tasks.base import Sample
@@ -366,7 +367,7 @@ def settings(folder: Path, **changes: object) -> Settings:
 
 def test_heads_learn_what_a_token_s_own_features_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """On targets that are a function of the features, and on features they have not seen."""
-    monkeypatch.setattr(train_locret, "LEARNING_RATE", 1e-2)
+    monkeypatch.setattr(locret, "LEARNING_RATE", 1e-2)
     generator = torch.Generator().manual_seed(0)
     rule = torch.randn(2, 24, 3, generator=generator)
 
@@ -410,7 +411,7 @@ def test_recency_and_chance_are_what_they_say() -> None:
 def test_a_run_leaves_heads_for_the_policy_losses_and_overlap(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_locret, "HELD_OUT_SAMPLES", 2)
+    monkeypatch.setattr(locret, "HELD_OUT_SAMPLES", 2)
     out = tmp_path / "heads.safetensors"
     assert train(settings(folder, num_samples=2), out)
     model = load_weights(find_model(str(folder)), device="cpu", dtype="float32")
@@ -432,8 +433,8 @@ def test_a_run_leaves_heads_for_the_policy_losses_and_overlap(
 def test_a_stopped_training_goes_on_to_the_same_heads(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_locret, "HELD_OUT_SAMPLES", 2)
-    monkeypatch.setattr(train_locret, "GROUP_SAMPLES", 2)
+    monkeypatch.setattr(locret, "HELD_OUT_SAMPLES", 2)
+    monkeypatch.setattr(locret, "GROUP_SAMPLES", 2)
     train(settings(folder), tmp_path / "whole.safetensors")
     learn, learned = Training.learn, []
 
@@ -463,7 +464,7 @@ def test_a_stopped_training_goes_on_to_the_same_heads(
 def test_a_finished_training_is_not_repeated_nor_overwritten(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(train_locret, "HELD_OUT_SAMPLES", 2)
+    monkeypatch.setattr(locret, "HELD_OUT_SAMPLES", 2)
     out = tmp_path / "heads.safetensors"
     argv = ["train_locret", f"--model={folder}", f"--out={out}", "--prompt-tokens=900"]
     for samples, code, said in (
@@ -474,10 +475,10 @@ def test_a_finished_training_is_not_repeated_nor_overwritten(
     ):
         monkeypatch.setattr(sys, "argv", [*argv, f"--samples={samples}"])
         if code is None:
-            train_locret.main()
+            locret.main()
         else:
             with pytest.raises(SystemExit) as stop:
-                train_locret.main()
+                locret.main()
             assert stop.value.code == code
         captured = capsys.readouterr()
         assert said in captured.out + captured.err

@@ -13,12 +13,11 @@ import pytest
 import yaml
 
 import kvarena.conf
-from kvarena.tasks import longbench_data
 from kvarena.tasks.base import Sample
-from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
-from kvarena.tasks.longbench import NO_CHAT, LongBench
-from kvarena.tasks.longbench_length import cut_middle
-from kvarena.tasks.longbench_names import (
+from kvarena.tasks.benchmark.source import SAMPLE_FOLDER
+from kvarena.tasks.longbench import LongBench
+from kvarena.tasks.longbench.length import cut_middle
+from kvarena.tasks.longbench.names import (
     CATEGORIES,
     E_TASKS,
     EN_CODE_16,
@@ -29,7 +28,8 @@ from kvarena.tasks.longbench_names import (
     base_task,
     chosen_tasks,
 )
-from kvarena.tasks.token_f1 import chinese_segmenter
+from kvarena.tasks.longbench.task import NO_CHAT, data
+from kvarena.tasks.longbench.token_f1 import chinese_segmenter
 
 SAMPLE = SAMPLE_FOLDER / "longbench"
 # ../shared beside the checkout, or wherever the variable says.
@@ -415,9 +415,9 @@ def test_offline_the_message_has_every_way_to_get_the_data(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path))
-    for data in ("hub", str(tmp_path / "nowhere")):
+    for place in ("hub", str(tmp_path / "nowhere")):
         with pytest.raises(ValueError, match="Ways to get LongBench") as refusal:
-            samples(data=data)
+            samples(data=place)
         for way in ("data=hub", "data=<folder>", "data=<zip>", "data=sample"):
             assert way in str(refusal.value)
         assert "\n" not in str(refusal.value)
@@ -430,8 +430,8 @@ def test_the_hub_gives_its_zip_with_the_settings_of_the_repository(
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.write(folder / "qasper.jsonl", "data/qasper.jsonl")
     monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda *_, **__: folder)
-    monkeypatch.setattr(longbench_data, "SETTINGS", ())  # they lie in that folder already
-    monkeypatch.setattr(longbench_data.HubFile, "fetch", lambda _: tmp_path / "data.zip")
+    monkeypatch.setattr(data, "SETTINGS", ())  # they lie in that folder already
+    monkeypatch.setattr(data.HubFile, "fetch", lambda _: tmp_path / "data.zip")
     found = samples(data="hub", tasks="qasper")
     assert [sample.id for sample in found] == [sample.id for sample in samples(tasks="qasper")]
     assert found[0].meta["data"] == "hub:zai-org/LongBench@5e628be"

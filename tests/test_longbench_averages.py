@@ -5,8 +5,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from kvarena.tasks.longbench_averages import BY, length_buckets, macro_averages
-from kvarena.tasks.longbench_names import EN_CODE_16, NUM_ROWS, TASKS
+from kvarena.tasks.longbench.averages import BY, length_buckets, macro_averages
+from kvarena.tasks.longbench.names import EN_CODE_16, NUM_ROWS, TASKS
 
 
 def result_rows(scores: dict[str, list[float]], **columns: object) -> pd.DataFrame:

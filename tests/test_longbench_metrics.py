@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 
-from kvarena.tasks import longbench_metrics
-from kvarena.tasks.longbench import score_prediction
-from kvarena.tasks.longbench_metrics import all_scores
-from kvarena.tasks.longbench_names import METRIC_OF, NEEDS_JIEBA, TASKS
-from kvarena.tasks.rouge_l import rouge_l
-from kvarena.tasks.token_f1 import CJK_PUNCTUATION, chinese_segmenter
+from kvarena.tasks.longbench.metrics import all_scores
+from kvarena.tasks.longbench.names import METRIC_OF, NEEDS_JIEBA, TASKS
+from kvarena.tasks.longbench.rouge_l import rouge_l
+from kvarena.tasks.longbench.task import metrics, score_prediction
+from kvarena.tasks.longbench.token_f1 import CJK_PUNCTUATION, chinese_segmenter
 
 GOLDEN = Path(__file__).parent / "golden"
 HAS_JIEBA = importlib.util.find_spec("jieba") is not None
@@ -174,7 +173,7 @@ def test_the_official_limit_is_where_the_package_fails_below_the_frames_of_its_e
     pytest.importorskip("rouge")
     run = [sys.executable, "-c", FRAMES]
     found = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
-    limits = longbench_metrics.MOST_STEPS
+    limits = metrics.MOST_STEPS
     assert [int(steps) - 1 for steps in found] == [limits["rouge"], limits["rouge_zh"]]
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kvarena.harness.overrides import prepare_arguments
-from kvarena.harness.reference import REPOSITORY
+from kvarena.harness.command.overrides import prepare_arguments
+from kvarena.harness.studies.reference import REPOSITORY
 
 # Prints its arguments in place of doing anything.
 ECHO = f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n"

@@ -15,12 +15,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvarena.tasks import math500, math_grader
+from kvarena.tasks import math500
 from kvarena.tasks.base import Sample
-from kvarena.tasks.benchmark_data import SAMPLE_FOLDER
+from kvarena.tasks.benchmark.source import SAMPLE_FOLDER
+from kvarena.tasks.math import grader
+from kvarena.tasks.math.answers import is_correct, last_box, normalised
+from kvarena.tasks.math.task import pass_at_1
 from kvarena.tasks.math500 import Math500
-from kvarena.tasks.math_answers import is_correct, last_box, normalised
-from kvarena.tasks.math_task import pass_at_1
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "math500"
 SAMPLE_FILE = SAMPLE_FOLDER / "math500" / "test.jsonl"
@@ -181,7 +182,7 @@ def test_scores(text, answer, finished, score, boxed_em):
 @pytest.mark.parametrize("box", [HANGING, r"\binom{1000000}{500000}", "9^{9^{9}}"])
 def test_a_hanging_answer_is_wrong_and_the_next_one_is_graded(box, monkeypatch):
     assert is_correct(r"\boxed{0.5}", "1/2")  # the child is there
-    monkeypatch.setattr(math_grader, "WALL_LIMIT_SEC", 2.0)
+    monkeypatch.setattr(grader, "WALL_LIMIT_SEC", 2.0)
     started = time.monotonic()
     with pytest.warns(UserWarning, match="gave up"):
         assert not is_correct(rf"\boxed{{{box}}}", "5")
@@ -194,22 +195,22 @@ def test_a_child_stops_itself_when_it_has_used_its_time():
     started = time.monotonic()
     with pytest.warns(UserWarning, match="gave up"):
         assert not is_correct(rf"\boxed{{{HANGING}}}", "5")
-    assert time.monotonic() - started < math_grader.WALL_LIMIT_SEC
+    assert time.monotonic() - started < grader.WALL_LIMIT_SEC
 
 
 def test_one_child_does_all_the_work():
-    grader = math_grader.Grader()
+    child = grader.Grader()
     try:
-        assert grader.compare("1", "1.0") is True
-        first = grader._process.pid
-        assert grader.compare("1", "2") is False
-        assert grader._process.pid == first
-        grader._process.kill()
-        grader._process.wait()
-        assert grader.compare("1", "1.0") is True
-        assert grader._process.pid != first
+        assert child.compare("1", "1.0") is True
+        first = child._process.pid
+        assert child.compare("1", "2") is False
+        assert child._process.pid == first
+        child._process.kill()
+        child._process.wait()
+        assert child.compare("1", "1.0") is True
+        assert child._process.pid != first
     finally:
-        grader.close()
+        child.close()
 
 
 def test_answers_with_odd_characters_reach_the_child():
@@ -234,8 +235,8 @@ def test_threads_share_the_child():
 
 SCRIPT = r"""
 import os
-from kvarena.tasks.math_answers import is_correct
-from kvarena.tasks.math_grader import _grader
+from kvarena.tasks.math.answers import is_correct
+from kvarena.tasks.math.grader import _grader
 assert is_correct(r"\boxed{0.5}", "1/2")
 child = os.fork()
 if child == 0:
@@ -261,7 +262,7 @@ def test_a_fork_gets_its_own_child_and_no_child_outlives_its_parent():
 
 
 def test_without_math_verify_the_task_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(math_grader.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(grader.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install math-verify"):
         Math500(data="sample")
 

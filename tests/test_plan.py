@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from kvarena.harness import models
+from kvarena.harness.cells.plan import plan_cell, print_plans
+from kvarena.harness.cells.run_cell import run_cell
 from kvarena.harness.errors import UsageError
-from kvarena.harness.kv_bytes import bytes_per_token
-from kvarena.harness.plan import plan_cell, print_plans
-from kvarena.harness.row_files import read_lines
-from kvarena.harness.run_cell import run_cell
-from kvarena.harness.status import cell_statuses
+from kvarena.harness.models import loading
+from kvarena.harness.models.kv_size import bytes_per_token
+from kvarena.harness.report.status import cell_statuses
+from kvarena.harness.store.row_files import read_lines
 from toy_folder import save_haystack, save_model_folder, toy_cell
 
 
@@ -27,12 +27,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_plan_counts_samples_tokens_and_bytes_and_loads_no_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "load_weights", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr(loading, "load_weights", lambda *a, **k: pytest.fail("loaded a model"))
     cell = toy_cell(folder)
     plan = plan_cell(cell, tmp_path)
-    samples = cell.samples(models.load_tokenizer(cell.model))
+    samples = cell.samples(loading.load_tokenizer(cell.model))
     totals = [len(sample.prompt_token_ids) + 6 for sample in samples]
-    per_token = bytes_per_token(models.load_config(cell.model), 4)
+    per_token = bytes_per_token(loading.load_config(cell.model), 4)
     assert per_token == 3 * 2 * (2 * 16 * 4 + 4)  # the toy: layers, KV heads, channels, position
     assert (plan.state, plan.num_done, plan.num_samples) == ("missing", 0, 2)
     assert plan.num_tokens == sum(totals)
@@ -79,7 +79,7 @@ def test_a_plan_counts_the_samples_whose_budget_binds(folder: Path, tmp_path: Pa
     cell = toy_cell(folder)
     totals = sorted(
         len(sample.prompt_token_ids) + sample.max_new_tokens
-        for sample in cell.samples(models.load_tokenizer(cell.model))
+        for sample in cell.samples(loading.load_tokenizer(cell.model))
     )
     assert len(set(totals)) == 2
 
@@ -151,7 +151,7 @@ def test_memory_follows_kv_dtype_and_says_that_codecs_are_left_out(
         plan_cell(toy_cell(folder, kv_dtype=kv_dtype), tmp_path)
         for kv_dtype in ("model", "float16")
     )
-    config = models.load_config(toy_cell(folder).model)
+    config = loading.load_config(toy_cell(folder).model)
     assert whole.kv_bytes_full == whole.longest_tokens * bytes_per_token(config, 4)
     assert half.kv_bytes_full == half.longest_tokens * bytes_per_token(config, 2)
     assert half.kv_bytes_budget == (64 + 32) * bytes_per_token(config, 2)

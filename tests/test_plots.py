@@ -11,7 +11,7 @@ from matplotlib import image
 from matplotlib.figure import Figure
 
 from kvarena.harness.errors import UsageError
-from kvarena.harness.plots import needle_heatmap, needle_overview
+from kvarena.harness.report.needle_maps import needle_heatmap, needle_overview
 
 SEVEN = ["full", "keydiff", "snapkv", "h2o", "tova", "streaming_llm", "l2norm"]
 DEPTHS = [0, 25, 50, 75, 100]

@@ -2,8 +2,8 @@
 
 import re
 
-from kvarena.harness.policy_styles import POLICY_STYLES, policy_style, policy_styles
 from kvarena.harness.registry import choices
+from kvarena.harness.report.policy_styles import POLICY_STYLES, policy_style, policy_styles
 
 
 def test_every_policy_of_the_project_has_its_own_colour_and_marker() -> None:

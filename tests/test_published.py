@@ -6,8 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvarena.harness.errors import UsageError
-from kvarena.harness.published import (
+from kvarena.harness.analysis.published import (
     COLUMNS,
     GRADES,
     PUBLISHED,
@@ -15,7 +14,8 @@ from kvarena.harness.published import (
     load_published,
     with_parts,
 )
-from kvarena.tasks.longbench_names import EN_CODE_16, TASKS
+from kvarena.harness.errors import UsageError
+from kvarena.tasks.longbench.names import EN_CODE_16, TASKS
 
 FIGURE = {
     "paper": "Paper", "url": "https://example.org/1", "table": "Table 1",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvarena.harness import overrides
-from kvarena.harness.reference import REPOSITORY, with_table, without_texts
+from kvarena.harness.command import overrides
+from kvarena.harness.studies.reference import REPOSITORY, with_table, without_texts
 
 README = (REPOSITORY / "README.md").read_text()
 

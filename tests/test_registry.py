@@ -46,8 +46,8 @@ CODEC_FILES = sorted(CODECS / f"{name}.py" for name in choices("codec"))
 CHOICES = [(group, name) for group in ("policy", "codec", "task") for name in choices(group)]
 # It leaves every token exact, so its class has options that mean nothing.
 CHOICES.remove(("codec", "none"))
-# What trains a policy's weights is of no use to any other policy, and may name it and its rivals.
-TRAINERS = {"locret_data.py", "locret_heads.py", "locret_overlap.py", "train_locret.py"}
+# Rooms that may name a plug-in: recorded experiments, what trains one, what times some.
+MAY_NAME = ("studies", "training", "bench")
 
 # Every policy is built here, and one of them reads trained heads.
 pytestmark = pytest.mark.usefixtures("toy_heads")
@@ -60,11 +60,17 @@ def file_id(path: Path) -> str:
 def task_modules() -> list[str]:
     """Names of the modules in ``tasks/`` that define a task."""
     found = []
-    for path in sorted(TASKS.glob("*.py")):
-        module = importlib.import_module(f"kvarena.tasks.{path.stem}")
-        classes = [value for _, value in inspect.getmembers(module, inspect.isclass)]
+    for path in sorted(TASKS.iterdir()):
+        if path.suffix != ".py" and not (path / "__init__.py").exists():
+            continue
+        name = f"kvarena.tasks.{path.stem}"
+        classes = [
+            value for _, value in inspect.getmembers(importlib.import_module(name), inspect.isclass)
+        ]
         if any(
-            issubclass(c, Task) and c.__module__ == module.__name__ and not inspect.isabstract(c)
+            issubclass(c, Task)
+            and (c.__module__ + ".").startswith(f"{name}.")
+            and not inspect.isabstract(c)
             for c in classes
         ):
             found.append(path.stem)
@@ -315,18 +321,18 @@ def test_a_policy_or_codec_names_its_paper_and_what_differs(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*HARNESS.glob("*.py"), *POLICIES.glob("*.py"), *TASKS.glob("*.py")]),
+    sorted([*HARNESS.rglob("*.py"), *POLICIES.rglob("*.py"), *TASKS.rglob("*.py")]),
     ids=file_id,
 )
 def test_only_the_command_imports_hydra(path: Path) -> None:
     tops = {name.partition(".")[0] for name in imports_of(path)}
-    if path not in (HARNESS / "run.py", HARNESS / "overrides.py"):
+    if path.parent != HARNESS / "command":
         assert not tops & {"hydra", "omegaconf"}
     assert not tops & {"harness", "policies", "tasks", "conf"}, "import it as kvarena.<folder>"
 
 
 @pytest.mark.parametrize(
-    "path", sorted(p for p in HARNESS.glob("*.py") if p.name not in TRAINERS), ids=file_id
+    "path", sorted(p for p in HARNESS.rglob("*.py") if p.parent.name not in MAY_NAME), ids=file_id
 )
 def test_the_harness_knows_no_policy_by_type_or_name(path: Path) -> None:
     classes = {class_of("policy", name).__name__ for name in choices("policy")}

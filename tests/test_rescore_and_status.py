@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from kvarena.harness.answers import score
+from kvarena.harness.analysis.row_frame import read_rows
+from kvarena.harness.cells.rescore import rescore_cell
+from kvarena.harness.cells.sample_rows import score
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import load_choice
-from kvarena.harness.rescore import rescore_cell
-from kvarena.harness.results import CellFolder
-from kvarena.harness.rows import read_rows
-from kvarena.harness.shards import parse_shard
-from kvarena.harness.status import cell_statuses, drop_planned, main, print_statuses
+from kvarena.harness.report.status import cell_statuses, drop_planned, main, print_statuses
+from kvarena.harness.store.cell_folder import CellFolder
+from kvarena.harness.store.shards import parse_shard
 from kvarena.tasks.base import Sample
 from kvarena.tasks.needle import Needle
 

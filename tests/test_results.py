@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from kvarena.harness.analysis.row_frame import read_rows
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import file_name
-from kvarena.harness.results import SCHEMA_VERSION, CellFolder, find_cells, read_status
-from kvarena.harness.rows import read_rows
-from kvarena.harness.shards import parse_shard
+from kvarena.harness.store.cell_folder import SCHEMA_VERSION, CellFolder, find_cells, read_status
+from kvarena.harness.store.shards import parse_shard
 
 IDENTITY = {
     "task": {"name": "needle", "version": "1", "lengths": [1000]},
@@ -121,7 +121,7 @@ def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half_line(tmp_path: Path)
     code = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from kvarena.harness.results import CellFolder\n"
+        "from kvarena.harness.store.cell_folder import CellFolder\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "folder = CellFolder(Path(sys.argv[1]), eval(sys.argv[2]))\n"
         "folder.open({})\n"

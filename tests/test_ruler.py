@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 
 from kvarena.tasks.base import Sample, content_id
-from kvarena.tasks.ruler import ANSWER_TOKENS, OFFLINE_TASKS, Ruler
-from kvarena.tasks.ruler_documents import DOCUMENT, SOURCES
-from kvarena.tasks.ruler_effective import effective_length
-from kvarena.tasks.ruler_needles import NIAH_TASKS, niah_recipe, word_list
-from kvarena.tasks.ruler_prompts import (
+from kvarena.tasks.ruler import Ruler
+from kvarena.tasks.ruler.documents import DOCUMENT, SOURCES
+from kvarena.tasks.ruler.effective import effective_length
+from kvarena.tasks.ruler.needles import NIAH_TASKS, niah_recipe, word_list
+from kvarena.tasks.ruler.prompts import (
     COMMON_WORDS,
     FREQUENT_WORDS,
     NEEDLE,
@@ -28,6 +28,7 @@ from kvarena.tasks.ruler_prompts import (
     Prompt,
     Recipe,
 )
+from kvarena.tasks.ruler.task import ANSWER_TOKENS, OFFLINE_TASKS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "ruler" / "4096"
 LENGTH = 1500
@@ -595,7 +596,8 @@ def test_a_published_haystack_of_needles_has_our_layout(folder):
 
 @pytest.mark.slow
 def test_the_real_tokenizer_gives_full_prompts():
-    from kvarena.harness.models import find_model, load_tokenizer
+    from kvarena.harness.models import find_model
+    from kvarena.harness.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(find_model("smollm2-135m"))
     for sample in Ruler(lengths=[2000], num_samples=2).samples(tokenizer, 0):

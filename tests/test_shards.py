@@ -10,12 +10,12 @@ from test_rescore_and_status import cell as needle_cell
 from test_rescore_and_status import row as needle_row
 
 from faulty import Kvarena, comparable, no_model_loads, read_rows
+from kvarena.harness.analysis.row_frame import read_rows as read_tidy
+from kvarena.harness.cells.rescore import rescore_cell
 from kvarena.harness.errors import LockedError, UsageError
-from kvarena.harness.rescore import rescore_cell
-from kvarena.harness.results import CellFolder, find_cells, read_lines, read_status
-from kvarena.harness.rows import read_rows as read_tidy
-from kvarena.harness.shards import Shard, parse_shard
-from kvarena.harness.status import cell_statuses
+from kvarena.harness.report.status import cell_statuses
+from kvarena.harness.store.cell_folder import CellFolder, find_cells, read_lines, read_status
+from kvarena.harness.store.shards import Shard, parse_shard
 from kvarena.tasks.needle import Needle
 from toy_folder import toy_overrides
 

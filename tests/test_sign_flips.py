@@ -1,4 +1,4 @@
-"""The interval of a difference and its test agree, and hold what statistics.py records."""
+"""The interval of a difference and its test agree, and hold what intervals.py records."""
 
 import math
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvarena.harness import sign_flips, statistics
-from kvarena.harness.sign_flips import LEAST_DOCUMENTS, SIGNIFICANCE, sign_flip_test
-from kvarena.harness.statistics import Difference, paired_difference
+from kvarena.harness.analysis import intervals, sign_flips
+from kvarena.harness.analysis.intervals import Difference, paired_difference
+from kvarena.harness.analysis.sign_flips import LEAST_DOCUMENTS, SIGNIFICANCE, sign_flip_test
 
 UNIT = (0.0, 1.0)
 Draw = Callable[[int, np.random.Generator], tuple[Any, ...]]  # differences, clusters, strata
@@ -192,7 +192,7 @@ def five_parts(num: int, rng: np.random.Generator) -> tuple[Any, ...]:
     return (uniform < won) * 1.0 - (uniform > 0.85), None, strata
 
 
-# The lines of the table in statistics.py, with their true means.
+# The lines of the table in intervals.py, with their true means.
 DRAWS: dict[str, tuple[Draw, float]] = {
     "normal": (lambda num, rng: (rng.normal(0.3, 1, num),), 0.3),
     "all lost, exponential": (lambda num, rng: (-rng.exponential(size=num),), -1.0),
@@ -230,9 +230,9 @@ def measure(name: str, num: int, experiments: int, resamples: int) -> tuple[floa
 
 
 def recorded(name: str) -> list[float]:
-    """The figures of a line in the table of statistics.py."""
+    """The figures of a line in the table of intervals.py."""
     (line,) = [
-        line for line in (statistics.__doc__ or "").splitlines() if line.startswith(f"  {name}  ")
+        line for line in (intervals.__doc__ or "").splitlines() if line.startswith(f"  {name}  ")
     ]
     return [float(figure) for figure in line[len(name) + 2 :].split()]
 

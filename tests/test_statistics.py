@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kvarena.harness.errors import UsageError
-from kvarena.harness.statistics import (
+from kvarena.harness.analysis.intervals import (
     Interval,
     holm,
     mean_interval,
     paired_difference,
 )
+from kvarena.harness.errors import UsageError
 
 UNIT = (0.0, 1.0)
 SIZES = (20, 50, 200)

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from kvarena.harness.comparison import compare_cells
-from kvarena.harness.distances import with_kl
-from kvarena.harness.tables import (
+from kvarena.harness.analysis.comparison import compare_cells
+from kvarena.harness.analysis.distances import with_kl
+from kvarena.harness.report.text_tables import (
     counted,
     markdown,
     percent,

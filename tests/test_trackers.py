@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from kvarena.harness import trackers
 from kvarena.harness.errors import UsageError
-from kvarena.harness.results import CellFolder
-from kvarena.harness.trackers import check_tracker, track_cell
+from kvarena.harness.report import trackers
+from kvarena.harness.report.trackers import check_tracker, track_cell
+from kvarena.harness.store.cell_folder import CellFolder
 
 
 @pytest.fixture

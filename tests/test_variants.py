@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kvarena.harness.variants import method_label, policy_labels, variants
+from kvarena.harness.analysis.cell_labels import method_label, policy_labels, variants
 
 
 def identity(**changes: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvarena.harness.cell import Cell
+from kvarena.harness.cells.cell import Cell
 from kvarena.harness.engine.sampling import Sampling
 from kvarena.harness.models import ModelSpec
 from kvarena.harness.registry import load_choice

@@ -18,9 +18,9 @@ from kvarena.harness.bench.peers import (
     kvpress_prefill,
 )
 from kvarena.harness.bench.phases import phases
-from kvarena.harness.bench.plan import DEFAULT, FULL, POLICIES, QUICK, SCORE_FREE, Plan
 from kvarena.harness.bench.roofline import roofline
-from kvarena.harness.bench.run import Section, chosen, quiet_command, run_sections
+from kvarena.harness.bench.sections import Section, chosen, quiet_command, run_sections
+from kvarena.harness.bench.sizes import DEFAULT, FULL, POLICIES, QUICK, SCORE_FREE, Plan
 from kvarena.harness.bench.speed import decode, prefill
 from kvarena.harness.bench.subjects import Subject, bundled_model, toy
 from kvarena.harness.bench.targets import targets

@@ -14,15 +14,15 @@ from pathlib import Path
 import pandas as pd
 
 from kvarena.harness.bench.measure import Case, Variant, now_sec, select
-from kvarena.harness.bench.plan import POLICIES
 from kvarena.harness.bench.roofline import POLICY, machine, rated_pass
-from kvarena.harness.bench.run import Section, chosen, quiet_command, run_sections
+from kvarena.harness.bench.sections import Section, chosen, quiet_command, run_sections
+from kvarena.harness.bench.sizes import POLICIES
 from kvarena.harness.bench.speed import prefill
 from kvarena.harness.bench.subjects import Subject, llama_8b, toy
 from kvarena.harness.bench.targets import TARGET_COLUMNS, check
 from kvarena.harness.engine import Engine
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models import check_device
+from kvarena.harness.models.loading import check_device
 from kvarena.harness.registry import build, load_choice
 
 SECTIONS = ("prefill", "roofline", "end_to_end")

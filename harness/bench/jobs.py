@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from kvarena.harness.bench.measure import Case, Variant, now_sec
 from kvarena.harness.bench.memory import resident_bytes
 from kvarena.harness.bench.peers import KvpressServer, Prompts, generate_job, kvpress_job
-from kvarena.harness.bench.plan import Plan
+from kvarena.harness.bench.sizes import Plan
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.engine import Batch, Engine, Generation, Request
 from kvarena.harness.registry import build, load_choice

@@ -15,9 +15,9 @@ from unittest import mock
 import torch
 
 from kvarena.harness.bench.measure import Case, Variant, now_sec
-from kvarena.harness.bench.plan import POLICIES, Plan
-from kvarena.harness.bench.steps import full_slots, run_passes
+from kvarena.harness.bench.sizes import POLICIES, Plan
 from kvarena.harness.bench.subjects import Subject
+from kvarena.harness.bench.timed_passes import full_slots, run_passes
 from kvarena.harness.engine import Batch, attention, layer_cache
 from kvarena.harness.engine.attention import KERNELS
 from kvarena.harness.engine.forward_pass import ForwardPass

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvarena.harness.bench.measure import Case, Variant, now_sec
-from kvarena.harness.bench.plan import Plan
-from kvarena.harness.bench.steps import warm_pass_sec
+from kvarena.harness.bench.sizes import Plan
 from kvarena.harness.bench.subjects import Subject
+from kvarena.harness.bench.timed_passes import warm_pass_sec
 
 POLICY = "keydiff"
 _REPEATS = 3  # of a machine's rate at each visit; the fastest counts

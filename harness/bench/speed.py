@@ -2,8 +2,8 @@
 
 from kvarena.harness.bench.measure import Case, Variant
 from kvarena.harness.bench.memory import peak_bytes
-from kvarena.harness.bench.steps import warm_pass_sec
 from kvarena.harness.bench.subjects import Subject
+from kvarena.harness.bench.timed_passes import warm_pass_sec
 from kvarena.harness.engine import Engine
 from kvarena.harness.registry import build, load_choice
 

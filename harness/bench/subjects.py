@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from kvarena.harness.models import find_model, load_model, locate
+from kvarena.harness.models import find_model, load_model
+from kvarena.harness.models.loading import locate
 from kvarena.tasks.base import Tokenizer
 from kvarena.tasks.haystack import BUNDLED, load_sentences
 from kvarena.tasks.needle import Needle

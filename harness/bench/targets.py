@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from kvarena.harness.bench.measure import select
-from kvarena.harness.bench.plan import SCORE_FREE, Plan
+from kvarena.harness.bench.sizes import SCORE_FREE, Plan
 
 _OVER_STREAMING = {"keydiff": 1.03, "snapkv": 1.08, "tova": 1.08, "h2o": 1.15}
 TARGET_COLUMNS = ["figure", "median", "q1", "q3", "bound", "met"]

@@ -1,0 +1,1 @@
+"""Rows become numbers: comparisons, intervals, published figures beside them."""

@@ -1,0 +1,1 @@
+"""Settings become rows: one cell, its samples, what each came to."""

@@ -1,0 +1,284 @@
+"""One cell: the settings of one (task, model, policy, budget, seed), checked, and its samples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvarena.codecs.base import Codec
+from kvarena.harness.budget import Budget, parse_budget
+from kvarena.harness.cells.fingerprints import code_fingerprint, model_fingerprint
+from kvarena.harness.engine import ENGINE_VERSION, Engine
+from kvarena.harness.engine.limits import (
+    check_attention,
+    check_budget,
+    check_context,
+    context_tokens,
+)
+from kvarena.harness.engine.sampling import Sampling
+from kvarena.harness.errors import UsageError
+from kvarena.harness.models import ModelSpec, loading
+from kvarena.harness.registry import build, choice_label, one_of
+from kvarena.harness.store.shards import Shard
+from kvarena.policies.base import Policy
+from kvarena.tasks.base import Sample, Task, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowance:
+    """How one sample may be held: tokens per KV head (None: all), and the codec."""
+
+    budget_tokens: int | None
+    codec: Codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Settings of one cell, checked for what can be checked before a model is loaded.
+
+    config is the resolved configuration, kept for the record. Raises UsageError.
+    """
+
+    task_settings: Mapping[str, Any]
+    policy_settings: Mapping[str, Any]
+    codec_settings: Mapping[str, Any]
+    model: ModelSpec
+    budget: str | int
+    sampling: Sampling
+    question: str
+    seed: int
+    limit: int | None
+    slots: int
+    chunk_tokens: int
+    attention: str
+    device: str
+    dtype: str
+    kv_dtype: str
+    config: Mapping[str, Any]
+    shard: Shard | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "chunk_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name.removesuffix('_tokens')} must be >= 1, got {value}")
+        one_of("question", self.question, ["inside", "after", "first"])
+        task = self._unsettled_task
+        if task.is_teacher_forced and not self.sampling.is_greedy:
+            raise UsageError(f"{task.name} forces its answers; leave out sampling.temperature")
+        check_budget(self.policy, self.bound.tokens)
+        loading.check_device(self.device)
+        check_attention(self.attention, self.device, self.torch_dtype)
+        assert self.codec_label(), "builds the codec, and so checks its options"
+
+    @cached_property
+    def _unsettled_task(self) -> Task:
+        return build(self.task_settings)
+
+    @cached_property
+    def policy(self) -> Policy:
+        return build(self.policy_settings)
+
+    @cached_property
+    def codec(self) -> Codec:
+        """As asked for; a budget in bytes may settle on a coarser one."""
+        return build(self.codec_settings)
+
+    @cached_property
+    def bound(self) -> Budget:
+        """The budget, or none for a policy that keeps everything."""
+        budget = parse_budget(self.budget)
+        # Bytes bind a policy that keeps everything through its codec; tokens cannot.
+        binds = self.policy.evicts or budget.bytes is not None
+        return budget if binds else parse_budget("full")
+
+    @cached_property
+    def torch_dtype(self) -> torch.dtype:
+        return loading.resolve_dtype(self.dtype, self.device)
+
+    @cached_property
+    def torch_kv_dtype(self) -> torch.dtype | None:
+        """None for the model's own."""
+        return loading.resolve_kv_dtype(self.kv_dtype)
+
+    @property
+    def task(self) -> Task:
+        """The task, settled for the model, whose configuration is read now and not before.
+
+        Raises UsageError if there is none, or for a context that is too short for the task.
+        """
+        assert self._settled_options is not None, "settles the task"
+        return self._unsettled_task
+
+    @cached_property
+    def _settled_options(self) -> dict[str, Any]:
+        """What stands for the options of the task that were auto."""
+        task, context_tokens = self._unsettled_task, self.context_tokens
+        try:
+            return task.settle(context_tokens)
+        except ValueError as error:
+            raise UsageError(f"{task.name}: {error}") from error
+
+    @cached_property
+    def context_tokens(self) -> int | None:
+        """Most tokens of prompt and answer that the model handles; None if it states no limit."""
+        return context_tokens(loading.load_config(self.model))
+
+    @property
+    def label(self) -> str:
+        """The cell in a few words."""
+        shard = f" shard {self.shard.label}" if self.shard else ""
+        return f"{self.task.name} {self.method_label()} {self.bound.label}{shard}"
+
+    @property
+    def policy_label(self) -> str:
+        """The name and the options that differ from its yaml: keydiff(anchor=median)."""
+        return choice_label("policy", self.policy_settings)
+
+    def codec_label(self, used: Codec | None = None) -> str:
+        """As policy_label, of the codec asked for or of ``used``, a coarser one of its kind."""
+        used = used or self.codec
+        options = [option.name for option in fields(used)]
+        changed = {
+            name: getattr(used, name)
+            for name in options
+            if getattr(used, name) != getattr(self.codec, name)
+        }
+        return choice_label("codec", {**self.codec_settings, **changed})
+
+    def method_label(self, used: Codec | None = None) -> str:
+        """The policy, and the codec asked for or ``used`` if there is one: keydiff+kivi(bits=2)."""
+        codec = self.codec_label(used)
+        return self.policy_label if codec == "none" else f"{self.policy_label}+{codec}"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what the rows say; slots, limit and shard do not.
+
+        content: hashes of what the other settings only point to. Raises UsageError if a task's data
+        or a model's files are not there.
+        """
+        try:
+            data = self.task.data_fingerprint()
+        except ValueError as error:
+            raise UsageError(f"{self.task.name}: {error}") from error
+        return {
+            "task": {
+                "name": self.task.name,
+                "version": self.task.version,
+                **self.task_settings,
+                # In place of auto: so auto and the same number typed are one cell.
+                **self._settled_options,
+            },
+            "policy": {"name": self.policy_label, **self.policy_settings},
+            "codec": {"name": self.codec_label(), **self.codec_settings},
+            "engine": ENGINE_VERSION,
+            "model": {"name": self.model.name, **vars(self.model)},
+            "budget": {"name": self.bound.label},
+            "question": self.question,
+            "sampling": vars(self.sampling),
+            "seed": self.seed,
+            "chunk": self.chunk_tokens,
+            "attention": self.attention,
+            "device": torch.device(self.device).type,
+            "dtype": self.dtype_name,
+            "kv_dtype": self.kv_dtype_name,
+            "content": {
+                "data": data,
+                "model": model_fingerprint(self.model),
+                "policy": code_fingerprint(self.policy, Policy),
+                "codec": code_fingerprint(self.codec, Codec),
+            },
+        }
+
+    @property
+    def dtype_name(self) -> str:
+        """The data type that auto stands for, or the one asked for: float32."""
+        return str(self.torch_dtype).removeprefix("torch.")
+
+    @property
+    def kv_dtype_name(self) -> str:
+        """The data type of tokens that are not coded."""
+        return str(self.torch_kv_dtype or self.torch_dtype).removeprefix("torch.")
+
+    def all_samples(self, tokenizer: Tokenizer, limit: int | None = None) -> Sequence[Sample]:
+        """Those of the task, or the first ``limit`` of them. Raises UsageError."""
+        try:
+            samples = self.task.samples(tokenizer, self.seed, limit)
+        except ValueError as error:
+            raise UsageError(f"{self.task.name}: {error}") from error
+        return [question_first(s) for s in samples] if self.question == "first" else samples
+
+    def samples(self, tokenizer: Tokenizer) -> Sequence[Sample]:
+        """The first ``limit`` samples, each checked against the model's context and the budget."""
+        samples = self.all_samples(tokenizer, self.limit)
+        for sample in samples:
+            if self.question != "inside" and not sample.question_tokens:
+                raise UsageError(
+                    f"question={self.question}: task {self.task.name} has no context apart from "
+                    "its question; use question=inside"
+                )
+            check_budget(self.policy, self.budget_tokens(sample), self.question_tokens(sample))
+        if samples:
+            self._check_context(max(samples, key=total_tokens))
+        return samples
+
+    def engine(
+        self,
+        model: PreTrainedModel,
+        codec: Codec,
+        *,
+        policy: Policy | None = None,
+        slots: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> Engine:
+        """An engine as the cell asks for it, but for what is given here."""
+        return Engine(
+            model,
+            policy or self.policy,
+            codec=codec,
+            kv_dtype=kv_dtype or self.torch_kv_dtype,
+            chunk_tokens=self.chunk_tokens,
+            slots=slots or self.slots,
+            attention=self.attention,
+        )
+
+    def part(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those that the shard holds; all of them without a shard."""
+        return [s for s in samples if self.shard is None or self.shard.holds(s.id)]
+
+    def budget_tokens(self, sample: Sample) -> int | None:
+        """Of one sample; None without a bound, or for one in bytes (byte_budget.py settles it)."""
+        return self.bound.for_prompt(len(sample.prompt_token_ids))
+
+    def question_tokens(self, sample: Sample) -> int:
+        """Tokens held back from compression under question=after, else none."""
+        return sample.question_tokens if self.question == "after" else 0
+
+    def _check_context(self, longest: Sample) -> None:
+        limit_tokens = self.context_tokens
+        check_context(
+            f"sample {longest.id}",
+            len(longest.prompt_token_ids),
+            longest.max_new_tokens,
+            limit_tokens,
+            "" if limit_tokens is None else self.task.advice(longest, limit_tokens),
+        )
+
+
+def total_tokens(sample: Sample) -> int:
+    """Most tokens that the sample can take, prompt and answer."""
+    return len(sample.prompt_token_ids) + sample.max_new_tokens
+
+
+def question_first(sample: Sample) -> Sample:
+    """The same sample with its question, and what follows it, before the prompt as well.
+
+    What a token of the context projects then depends on the question: Locret-Q of "Locret",
+    https://arxiv.org/abs/2410.01805. Token indices in ``meta`` stay those of the plain prompt.
+    """
+    question = sample.prompt_token_ids[len(sample.prompt_token_ids) - sample.question_tokens :]
+    return replace(sample, prompt_token_ids=question + sample.prompt_token_ids)

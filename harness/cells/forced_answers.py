@@ -1,0 +1,256 @@
+"""Teacher forcing: how far a policy moves the model from what it says with the full cache.
+
+Both caches read the same prompt and are fed the same answer; the logits that choose each token of
+the answer are compared. What the full cache says is worked out once per sample and kept in files,
+which all policies, budgets and processes share: a sweep pays for the full cache once.
+
+The queries of an answer are those whose logits choose its tokens: the last token of the prompt and
+every token of the answer but the last.
+
+Shape letters: L layers, H query heads, K KV heads, T cached tokens, A answer tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvarena.codecs.base import Codec
+from kvarena.codecs.none import NoCodec
+from kvarena.harness.engine import Engine, Generation, KeptTokens, Request
+from kvarena.harness.files import replacing
+from kvarena.harness.progress import TokenProgress
+from kvarena.harness.registry import build, load_choice
+from kvarena.policies.base import LayerView, Needs, Policy
+from kvarena.tasks.base import Sample, Tokenizer, content_id
+
+if TYPE_CHECKING:
+    from kvarena.harness.cells.cell import Cell
+
+_SCHEMA = 2  # of the reference files; a new one leaves the old files unread
+
+
+class ForcedTask(Protocol):
+    """What a task with ``is_teacher_forced`` has besides samples."""
+
+    attention_recall: bool
+
+    def forced_token_ids(self, tokenizer: Tokenizer, sample: Sample) -> list[int] | None:
+        """The answer to force; None for the full cache's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A sample's forced answer and the full cache's logits [A, V] in float32, in a file.
+
+    request: of the full cache, by which the file is named: one that is forced where the task gives
+    the answer.
+    """
+
+    sample_id: str
+    request: Request
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        asked = self.request
+        assert asked.stop_token_ids is not None, "a cell names them"
+        stops = (asked.max_new_tokens, asked.min_new_tokens, sorted(asked.stop_token_ids))
+        decides = content_id(tuple(asked.prompt), asked.forced, *stops)
+        return self.folder / f"{self.sample_id}-{decides[:8]}.safetensors"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file can be read; a damaged one is made anew."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return {"token_ids", "logits"} <= set(file.keys())
+        except (OSError, SafetensorError):
+            return False
+
+    def read(self, name: str) -> Tensor:
+        """token_ids [A] or logits [A, V]."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def save(self, generation: Generation) -> None:
+        """Take answer and logits from a run with the full cache."""
+        assert generation.logits is not None, "recorded for every reference"
+        tensors = {"token_ids": torch.tensor(generation.token_ids)}
+        tensors["logits"] = generation.logits.float().contiguous()
+        with replacing(self.path) as path:
+            save_file(tensors, path)
+
+
+def forced_answers(
+    cell: "Cell",
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    samples: Sequence[Sample],
+    requests: Sequence[Request],
+    *,
+    codec: Codec,
+    cache_dir: Path,
+) -> Iterator[tuple[Generation, dict[str, Any]]]:
+    """Each sample's forced answer under the cell's policy and what its row adds, as they end.
+
+    requests: of the policy's run, as if it answered itself; codec: likewise.
+    """
+    task = cast(ForcedTask, cell.task)
+    full = build(load_choice("policy", "full"))
+    # No number of slots and no question held back: with the full cache they change nothing.
+    names = ("model", "dtype", "attention", "device", "chunk")
+    weights = cell.identity["content"]["model"]
+    key = content_id(_SCHEMA, [cell.identity[name] for name in names], weights)
+    references = [
+        Reference(
+            sample_id=sample.id,
+            request=_by_full_cache(request, task.forced_token_ids(tokenizer, sample)),
+            folder=cache_dir / key,
+        )
+        for sample, request in zip(samples, requests, strict=True)
+    ]
+    _complete(_exact(cell, model, full), references, f"{cell.label}, full cache first")
+    forced = [
+        replace(request, max_new_tokens=None, forced=reference.read("token_ids").tolist())
+        for request, reference in zip(requests, references, strict=True)
+    ]
+    num_tokens = sum(len(request.prompt) + request.answer_tokens for request in forced)
+    with TokenProgress(cell.label, num_tokens * (2 if task.attention_recall else 1)) as progress:
+        advance = progress.advance
+        for generation in cell.engine(model, codec).generate(
+            forced,
+            as_completed=True,
+            on_pass=advance,
+            record_history=task.attention_recall,
+            record_logits="answer",
+        ):
+            if generation.finish_reason == "invalid":
+                yield generation, {}
+                continue
+            assert generation.logits is not None, "recorded for every answer"
+            logits = references[generation.index].read("logits")
+            measures = compare(logits, generation.logits.cpu(), generation.token_ids)
+            if task.attention_recall:
+                assert generation.kept_history is not None, "recorded for recall"
+                request = replace(forced[generation.index], budget_tokens=None, question_tokens=0)
+                probe = RecallProbe(len(request.prompt), generation.kept_history)
+                next(_exact(cell, model, probe, slots=1).generate([request], on_pass=advance))
+                measures["attention_recall"] = float(probe.shares.mean())
+                measures["attention_recall_by_layer_head"] = probe.shares.round(decimals=4).tolist()
+            yield generation, measures
+
+
+def _by_full_cache(request: Request, given: list[int] | None) -> Request:
+    """The same prompt without a bound, and with the answer that the task gives, if it does."""
+    asked = replace(request, budget_tokens=None, question_tokens=0)
+    return asked if given is None else replace(asked, max_new_tokens=None, forced=given)
+
+
+def _exact(
+    cell: "Cell", model: PreTrainedModel, policy: Policy, slots: int | None = None
+) -> Engine:
+    """An engine for a policy that keeps everything, in the model's own data type."""
+    return cell.engine(model, NoCodec(), policy=policy, slots=slots, kv_dtype=model.dtype)
+
+
+def _complete(engine: Engine, references: Sequence[Reference], label: str) -> None:
+    """Run the full cache for the references that have no file yet."""
+    missing = [reference for reference in references if not reference.is_there]
+    if not missing:
+        return
+    requests = [reference.request for reference in missing]
+    num_tokens = sum(len(request.prompt) + request.answer_tokens for request in requests)
+    with TokenProgress(label, num_tokens) as progress:
+        for generation in engine.generate(
+            requests, as_completed=True, on_pass=progress.advance, record_logits="answer"
+        ):
+            if generation.finish_reason == "invalid":
+                raise ArithmeticError("the full cache's own logits are not finite")
+            missing[generation.index].save(generation)
+
+
+def compare(full: Tensor, policy: Tensor, token_ids: Sequence[int]) -> dict[str, Any]:
+    """What a row says of two runs over the same answer; full, policy: logits [A, V].
+
+    KL(full || policy) and negative log-likelihoods (nll) are in nats, differences are policy minus
+    full, ``score`` is the share of tokens where both would choose the same one.
+    """
+    log_full, log_policy = (logits.double().log_softmax(dim=-1) for logits in (full, policy))
+    weighted = log_full.exp() * (log_full - log_policy)
+    # A token that cannot come weighs nothing, also where both logarithms are infinite. Rounding may
+    # leave a sum a hair under zero.
+    kl = weighted.masked_fill(log_full == float("-inf"), 0).sum(dim=-1).clamp(min=0)
+    agrees = full.argmax(dim=-1) == policy.argmax(dim=-1)
+    chosen = torch.tensor(token_ids)[:, None]
+    nll_full, nll_policy = (-logs.gather(1, chosen)[:, 0] for logs in (log_full, log_policy))
+    difference = nll_policy - nll_full
+    return {
+        "score": float(agrees.double().mean()),
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "nll_full": float(nll_full.mean()),
+        "nll_policy": float(nll_policy.mean()),
+        "nll_difference": float(difference.mean()),
+        "num_reference_tokens": len(token_ids),
+        "kl_per_token": kl.tolist(),
+        "agrees_per_token": agrees.int().tolist(),
+        "nll_difference_per_token": difference.tolist(),
+    }
+
+
+class RecallProbe(Policy):
+    """Keeps everything, and adds up how much attention falls on what another policy had kept.
+
+    prompt_tokens: length of the prompt; history: what the other policy held after every pass over
+    prompt and answer. A query could see what was held after the pass before and its own pass's
+    tokens up to itself. For one sequence at a time.
+    """
+
+    evicts: ClassVar[bool] = False
+    # Nothing is evicted, so only a column makes the engine call ``score``.
+    columns: ClassVar[tuple[str, ...]] = ("unused",)
+
+    def __init__(self, prompt_tokens: int, history: Sequence[KeptTokens]) -> None:
+        super().__init__()
+        before = [KeptTokens(seen_tokens=0, positions=[]), *history]
+        # By the position of an answer's query, the last one of its pass.
+        self._held = {
+            after.seen_tokens - 1: held
+            for held, after in zip(before, history, strict=False)
+            if after.seen_tokens >= prompt_tokens
+        }
+        self._mass: dict[int, Tensor] = {}  # by layer, [2, H]: on kept tokens, and on all
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(attention_rows=1)
+
+    def score(self, view: LayerView) -> Tensor:
+        query = int(view.positions.max())
+        if query in self._held:
+            assert view.attention is not None, "asked for"
+            num_heads, positions = view.positions.shape[1], view.positions[0]
+            start, kept = self._held[query].seen_tokens, self._held[query].positions
+            visible = torch.zeros(num_heads, query + 1, dtype=torch.bool, device=positions.device)
+            if kept:
+                visible.scatter_(1, kept[view.layer].to(positions.device), True)
+            visible[:, start:] = True
+            weights = view.attention[0, :, -1].unflatten(0, (num_heads, -1)).double()  # [K, G, T]
+            on_kept = weights * visible.gather(1, positions)[:, None]
+            mass = torch.stack([on_kept.sum(dim=-1), weights.sum(dim=-1)]).flatten(1)  # [2, H]
+            self._mass[view.layer] = self._mass.get(view.layer, 0) + mass
+        return view.positions.float()
+
+    @property
+    def shares(self) -> Tensor:
+        """Share of the attention of the answer's queries on kept tokens, [L, H] float64."""
+        layers = [self._mass[layer].cpu() for layer in sorted(self._mass)]
+        on_kept, total = torch.stack(layers, dim=1)
+        return on_kept / total

@@ -1,0 +1,225 @@
+"""What a cell would take, worked out from configuration and tokenizer: the model never loads."""
+
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvarena.harness.cells.cell import Cell
+from kvarena.harness.errors import UsageError
+from kvarena.harness.files import read_json
+from kvarena.harness.models import loading
+from kvarena.harness.models.kv_size import bytes_per_token
+from kvarena.harness.report.listing import Line, print_cells
+from kvarena.harness.store.cell_folder import CellFolder, find_cells
+from kvarena.harness.store.row_files import read_lines
+from kvarena.tasks.base import Sample
+
+# A place for reading only, or a full one, keeps nobody from planning.
+_NOT_NOTED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+
+_PLACE = ("task", "model", "budget")
+_TIMED = ("prompt_tokens", "generated_tokens", "ttft_sec", "slots")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One cell before it runs. Tokens are those of the samples still to do, prompt and answer.
+
+    shard: 3/8, or "". num_binding: samples that could lose tokens to the budget, the longest answer
+    included; None as long as a budget in bytes is not settled. evicts: False for the full cache.
+    longest_tokens: most tokens of a prompt and its longest answer.
+    kv_bytes_full, kv_bytes_budget: keys, values and positions of the longest sample under the full
+    cache and under the budget with a chunk in work; for one sequence, without a codec and without
+    a policy's own state.
+    eta_sec: by the rate of earlier rows here; None if there are none.
+    not_noted: why ``make status`` will not know of it; "" if it will.
+    """
+
+    path: Path
+    identity: Mapping[str, Any]  # Any: JSON values
+    shard: str
+    state: str  # missing | incomplete | done
+    num_samples: int
+    num_done: int
+    num_tokens: int
+    num_binding: int | None
+    evicts: bool
+    longest_tokens: int
+    kv_bytes_full: int
+    kv_bytes_budget: int
+    eta_sec: float | None
+    not_noted: str
+
+    @property
+    def never_binds(self) -> bool:
+        """Whether a policy that evicts would have nothing to evict."""
+        return self.evicts and self.num_binding == 0 and self.num_samples > 0
+
+
+def plan_cell(cell: Cell, results_dir: Path, *, fork: bool = False) -> Plan:
+    """Raises UsageError for whatever would stop the run before its model loads.
+
+    Also notes how many samples were planned, so that ``make status`` can tell what is missing.
+    """
+    folder = CellFolder(results_dir, cell.identity, cell.shard)
+    all_samples = cell.samples(loading.load_tokenizer(cell.model))
+    samples = cell.part(all_samples)
+    rows = read_lines(folder.path)
+    done = {row["sample_id"] for row in rows if row.get("status") == "ok"}
+    left = [sample for sample in samples if sample.id not in done]
+    if not fork and not (folder.path / "manifest.json").exists():
+        folder.refuse_drift()
+    lengths = [_num_tokens(sample) for sample in samples]
+    bounds = [cell.budget_tokens(sample) for sample in samples]
+    held = [
+        total if bound is None else min(total, bound + cell.chunk_tokens)
+        for total, bound in zip(lengths, bounds, strict=True)
+    ]
+    item_bytes = (cell.torch_kv_dtype or cell.torch_dtype).itemsize
+    per_token = bytes_per_token(loading.load_config(cell.model), item_bytes)
+    num_tokens = sum(_num_tokens(sample) for sample in left)
+    rate = _tokens_per_sec(results_dir, cell)
+    return Plan(
+        path=folder.path,
+        identity=folder.identity,
+        shard=cell.shard.label if cell.shard else "",
+        state="done" if not left else "incomplete" if rows else "missing",
+        num_samples=len(samples),
+        num_done=len(samples) - len(left),
+        num_tokens=num_tokens,
+        num_binding=_num_binding(cell, samples, folder.path),
+        evicts=cell.policy.evicts and not cell.bound.is_full,
+        longest_tokens=max(lengths, default=0),
+        kv_bytes_full=per_token * max(lengths, default=0),
+        kv_bytes_budget=cell.bound.bytes or per_token * max(held, default=0),
+        eta_sec=num_tokens / rate if rate else None,
+        not_noted=_note(folder, len(all_samples)),
+    )
+
+
+def _num_tokens(sample: Sample) -> int:
+    """Of the prompt and the longest answer."""
+    return len(sample.prompt_token_ids) + sample.max_new_tokens
+
+
+def _num_binding(cell: Cell, samples: Sequence[Sample], folder: Path) -> int | None:
+    """Samples that may have to evict; None as long as nobody knows.
+
+    Question and context together stay in the budget, so question=after changes nothing here.
+    """
+    if not cell.policy.evicts:
+        return 0
+    bounds = [cell.bound.for_prompt(len(sample.prompt_token_ids)) for sample in samples]
+    if cell.bound.bytes is not None:
+        fit = read_json(folder / "fit.json") if (folder / "fit.json").exists() else None
+        settled = fit.get("budget_tokens") if isinstance(fit, dict) else None
+        if not isinstance(settled, int):
+            return None
+        bounds = [settled for _ in samples]
+    # The last new token is chosen but never fed.
+    return sum(
+        bound is not None and _num_tokens(sample) - 1 > bound
+        for sample, bound in zip(samples, bounds, strict=True)
+    )
+
+
+def _note(folder: CellFolder, num_samples: int) -> str:
+    """Note the plan, or say why not. Raises UsageError for a place where no cell can be."""
+    try:
+        folder.note_plan(num_samples)
+    except OSError as error:
+        if error.errno in _NOT_NOTED:
+            return str(error.strerror)
+        raise UsageError(
+            f"{folder.path} cannot be written ({error.strerror}); choose another results_dir"
+        ) from error
+    return ""
+
+
+def _tokens_per_sec(results_dir: Path, cell: Cell) -> float | None:
+    """Tokens per second over all slots in earlier rows of this model and policy; None without."""
+    num_tokens, busy_sec = 0, 0.0
+    for path in find_cells(results_dir):
+        if path.parent.name != cell.model.name:
+            continue
+        try:
+            rows = read_lines(path)
+        except UsageError:  # a damaged cell is no reason not to plan another
+            continue
+        for row in rows:
+            if row.get("status") != "ok" or row.get("policy") != cell.method_label():
+                continue
+            if any(row.get(name) is None for name in _TIMED):  # edited, or of another version
+                continue
+            num_tokens += row["prompt_tokens"] + row["generated_tokens"]
+            rate = row.get("decode_tokens_per_sec")
+            decode_sec = (row["generated_tokens"] - 1) / rate if rate else 0.0
+            busy_sec += (row["ttft_sec"] + decode_sec) / row["slots"]
+    return num_tokens / busy_sec if busy_sec else None
+
+
+def print_plans(plans: Sequence[Plan]) -> None:
+    """One line per cell, then the sums (of memory the largest, of the minutes if all are known)."""
+    # full is one cell at any budget
+    plans = list({(plan.path, plan.shard): plan for plan in plans}.values())
+    lines = [
+        Line(
+            path=plan.path,
+            identity=plan.identity,
+            note=f"shard {plan.shard}" if plan.shard else "",
+            texts=(
+                plan.state,
+                f"{plan.num_done}/{plan.num_samples}",
+                f"{plan.num_tokens:,}",
+                f"{plan.kv_bytes_full / 1e6:.1f}",
+                f"{plan.kv_bytes_budget / 1e6:.1f}",
+                _binds(plan),
+                _minutes([plan]),
+            ),
+        )
+        for plan in plans
+    ]
+    headings = ("state", "samples", "tokens\nleft", "KV MB\nfull", "KV MB\nbudget", "binds")
+    print_cells(lines, (*headings, "minutes\nleft"))
+    num_done = sum(plan.num_done for plan in plans)
+    num_samples = sum(plan.num_samples for plan in plans)
+    num_tokens = sum(plan.num_tokens for plan in plans)
+    largest = [max(p.kv_bytes_full for p in plans), max(p.kv_bytes_budget for p in plans)]
+    full, budget = (f"{num_bytes / 1e6:.1f}" for num_bytes in largest)
+    print(f"all {len(plans)} cells: {num_done}/{num_samples} samples, {num_tokens:,} tokens left")
+    print(f"minutes left: {_minutes(plans)}; largest KV MB: {full} full, {budget} budget")
+    for note in _notes(plans):
+        print(note)
+
+
+def _binds(plan: Plan) -> str:
+    if not plan.evicts:
+        return "-"
+    return f"{'?' if plan.num_binding is None else plan.num_binding}/{plan.num_samples}"
+
+
+def _minutes(plans: Sequence[Plan]) -> str:
+    """Of all of them; "?" unless all are known."""
+    etas = [plan.eta_sec for plan in plans]
+    known = [eta for eta in etas if eta is not None]
+    return "?" if len(known) < len(etas) else f"{sum(known) / 60:.1f}"
+
+
+def _notes(plans: Sequence[Plan]) -> list[str]:
+    """What the figures leave open, a line each."""
+    notes = ["binds: samples whose prompt and longest answer do not fit the budget"]
+    for plan in plans:
+        if plan.never_binds:
+            task, model, budget = (plan.identity[kind]["name"] for kind in _PLACE)
+            notes.append(
+                f"{task}, {model}: at {budget} nothing would be evicted: the longest prompt and "
+                f"answer take {plan.longest_tokens:,} tokens"
+            )
+    if any(plan.num_binding is None for plan in plans):
+        notes.append("?: how many tokens a budget in bytes comes to is measured when the cell runs")
+    if any(plan.identity["codec"]["name"] != "none" for plan in plans):
+        notes.append("KV MB leave codecs out; what is coded takes less, see a row's bits_per_value")
+    notes += [f"not noted for make status: {plan.not_noted}" for plan in plans if plan.not_noted]
+    return list(dict.fromkeys(notes))

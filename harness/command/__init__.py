@@ -1,0 +1,1 @@
+"""The command ``kvarena``: the only folder that knows Hydra."""

@@ -1,0 +1,1 @@
+"""Numbers reach people: terminal, papers, one HTML page, pictures."""

@@ -1,0 +1,85 @@
+"""What a command shows when its cells are done: a table, tidy CSV files and pictures."""
+
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import pandas as pd
+
+from kvarena.harness.analysis.comparison import CELL, compare_cells
+from kvarena.harness.analysis.distances import are_forced, distances, with_kl
+from kvarena.harness.analysis.row_frame import read_rows
+from kvarena.harness.cells.run_cell import Outcome
+from kvarena.harness.files import file_name
+from kvarena.harness.registry import choices, load_choice
+from kvarena.harness.report import needle_maps, text_tables
+
+
+def report(
+    outcomes: Sequence[Outcome], results_dir: Path, *, allow_partial: bool = False
+) -> list[Path]:
+    """Print one table per task; write its rows, its summary and its pictures. Returns the files.
+
+    Only the samples of this command count, not what else their cells hold.
+    """
+    wanted: dict[Path, frozenset[str]] = {}  # shards are jobs of their own in one cell
+    for outcome in outcomes:
+        wanted[outcome.path] = wanted.get(outcome.path, frozenset()) | outcome.sample_ids
+    wanted = {path: sample_ids for path, sample_ids in wanted.items() if sample_ids}
+    rows = read_rows(wanted, only=wanted)
+    if rows.empty:
+        return []
+    written: list[Path] = []
+    for task, task_rows in rows.groupby("task"):
+        summary = with_kl(compare_cells(task_rows, allow_partial=allow_partial), task_rows)
+        text_tables.print_summary(summary)
+        if "meta_is_sample" in task_rows and task_rows["meta_is_sample"].eq(True).any():
+            print(f"SAMPLE DATA: these rows are kvarena's own, not the {task} benchmark.")
+        written.append(text_tables.write_csv(task_rows, results_dir / "tables" / f"{task}.csv"))
+        written.append(
+            text_tables.write_csv(summary, results_dir / "tables" / f"{task}-summary.csv")
+        )
+        scored = task_rows.merge(summary.loc[summary["score"].notna(), CELL], on=CELL)
+        for name, table in own_summaries(str(task), scored).items():
+            written.append(
+                text_tables.write_csv(table, results_dir / "tables" / f"{task}-{name}.csv")
+            )
+        for (model, variant), some in task_rows.groupby(["model", "variant"]):
+            folder = results_dir / "plots" / str(task) / file_name(str(model))
+            written += _pictures(some, folder / file_name(str(variant)) if variant else folder)
+    return written
+
+
+def own_summaries(task: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What the task itself makes of its rows; of forced answers, how far the policy moves.
+
+    rows: of cells that may show a score, so that no average hides what is missing.
+    """
+    if are_forced(rows):
+        return {"distances": distances(rows)}
+    if rows.empty or task not in choices("task"):  # a name that options gave: needle-2of3
+        return {}
+    module_name, _, class_name = load_choice("task", task)["_target_"].rpartition(".")
+    summaries = getattr(import_module(module_name), class_name).summaries
+    tables_by_variant = {str(variant): summaries(some) for variant, some in rows.groupby("variant")}
+    names = next(iter(tables_by_variant.values()))
+    return {
+        name: pd.concat(
+            [found[name].assign(variant=variant) for variant, found in tables_by_variant.items()],
+            ignore_index=True,
+        )
+        for name in names
+    }
+
+
+def _pictures(rows: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Grids for rows that carry a depth and a length; rows are of one task, model and variant.
+
+    None where no sample at all has a score.
+    """
+    if not {needle_maps.LENGTH, needle_maps.DEPTH, "score"} <= set(rows.columns):
+        return
+    yield needle_maps.needle_overview(rows, folder / "overview.png")
+    for (policy, budget), cell_rows in rows.groupby(["policy", "budget"]):
+        name = file_name(f"{policy}-{budget}")
+        yield needle_maps.needle_heatmap(cell_rows, folder / f"{name}.png")

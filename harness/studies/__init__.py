@@ -1,0 +1,1 @@
+"""The experiments that this repository records; they may name policies."""

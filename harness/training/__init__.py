@@ -1,0 +1,1 @@
+"""Heads of trained policies, made by a command of its own."""

