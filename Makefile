@@ -329,13 +329,14 @@ check-policy: .venv/.stamp ## does POLICY keep what the engine relies on: ten se
 # The folders are imported as kvarena.*, which setuptools arranges at install time. mypy does not
 # follow that mapping, so it gets a folder of links that looks like the package.
 .PHONY: check
-check: .venv/.stamp ## ruff, formatting and types
+check: .venv/.stamp ## ruff, formatting, types, and who imports whom
 	@rm -rf .types && mkdir -p .types/kvarena
 	@for folder in harness policies codecs tasks; do \
 	  if [ -d $$folder ]; then ln -s ../../$$folder .types/kvarena/$$folder; fi; done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy -p kvarena
+	.venv/bin/lint-imports --no-cache
 
 .PHONY: format
 format: .venv/.stamp ## let ruff format the code and fix what it can

@@ -63,6 +63,11 @@ class Task(ABC):
         """
         return {}
 
+    @classmethod
+    def parts(cls, text: str) -> frozenset[str]:
+        """The parts that a text names, with commas between. ValueError for one there is not."""
+        return frozenset(name.strip() for name in text.split(",")) - {""}
+
     def advice(self, longest: Sample, context_tokens: int) -> str:
         """What to change, in words to paste, when that sample is too long for the context."""
         return "use shorter prompts or fewer new tokens"

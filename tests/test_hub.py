@@ -21,7 +21,7 @@ from hub_mirror import hub_mirror
 from kvarena.tasks import math500
 from kvarena.tasks.benchmark.source import SAMPLE_FOLDER
 from kvarena.tasks.gsm8k import Gsm8k
-from kvarena.tasks.longbench.task import data
+from kvarena.tasks.longbench import data
 from toy_folder import save_model_folder
 
 SHARED = Path(os.environ.get("KVARENA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -118,7 +118,7 @@ def test_the_command_says_in_one_line_how_to_get_the_data(
 LONGBENCH = """
 import json, sys
 from dataclasses import replace
-from kvarena.tasks.longbench.task import data
+from kvarena.tasks.longbench import data
 from kvarena.tasks.longbench import LongBench
 from test_longbench import CharTokenizer
 pins = json.loads(sys.argv[1])

@@ -15,7 +15,7 @@ import yaml
 import kvarena.conf
 from kvarena.tasks.base import Sample
 from kvarena.tasks.benchmark.source import SAMPLE_FOLDER
-from kvarena.tasks.longbench import LongBench
+from kvarena.tasks.longbench import LongBench, data
 from kvarena.tasks.longbench.length import cut_middle
 from kvarena.tasks.longbench.names import (
     CATEGORIES,
@@ -28,7 +28,7 @@ from kvarena.tasks.longbench.names import (
     base_task,
     chosen_tasks,
 )
-from kvarena.tasks.longbench.task import NO_CHAT, data
+from kvarena.tasks.longbench.task import NO_CHAT
 from kvarena.tasks.longbench.token_f1 import chinese_segmenter
 
 SAMPLE = SAMPLE_FOLDER / "longbench"

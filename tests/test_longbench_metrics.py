@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from kvarena.tasks.longbench import metrics
 from kvarena.tasks.longbench.metrics import all_scores
 from kvarena.tasks.longbench.names import METRIC_OF, NEEDS_JIEBA, TASKS
 from kvarena.tasks.longbench.rouge_l import rouge_l
-from kvarena.tasks.longbench.task import metrics, score_prediction
+from kvarena.tasks.longbench.task import score_prediction
 from kvarena.tasks.longbench.token_f1 import CJK_PUNCTUATION, chinese_segmenter
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -252,7 +252,7 @@ def attend_decoded(
 def test_attention_over_coded_tokens_is_that_over_decoded_ones(
     shape: tuple[int, ...], has_dead: bool, dtype: torch.dtype
 ) -> None:
-    from kvarena.harness.engine.triton_coded import attend_coded
+    from kvarena.codecs.kivi_triton import attend_coded
 
     query, blocks, live, keys, values = coded_heads(*shape, dtype)
     live[0] = False  # a whole block, and the first to be met
@@ -268,7 +268,7 @@ def test_attention_over_coded_tokens_is_that_over_decoded_ones(
 @needs_triton
 def test_coded_tokens_merge_with_the_exact_window() -> None:
     """Also for a head whose coded tokens are all evicted: then the window is all there is."""
-    from kvarena.harness.engine.triton_coded import attend_coded, merge
+    from kvarena.codecs.kivi_triton import attend_coded, merge
 
     query, blocks, live, keys, values = coded_heads(*CODED[0], torch.float32)
     live[:, 1] = False
@@ -294,14 +294,15 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kvarena.harness.engine import triton_coded, triton_mass
+from kvarena.codecs import kivi_triton
+from kvarena.harness.engine import triton_mass
 
 POINTERS = {"units": "*fp32", "key_codes": "*u8", "value_codes": "*u8", "live": "*u8",
             "key_bounds": "*fp16", "value_bounds": "*fp16"}
 MASS = dict(K=8, D=256, BLOCK_R=64, BLOCK_T=64, BLOCK_D=256)
 CODED = dict(HAS_DEAD=True, BITS=2, D=128, GROUPS=4, BLOCK_P=16, BLOCK_R=64, BLOCK_D=128)
 for kernel, constants in [(triton_mass._column_mass, MASS), (triton_mass._log_sum_exp, MASS),
-                          (triton_coded._attend_part, CODED)]:
+                          (kivi_triton._attend_part, CODED)]:
     kinds = {name: "i32" for name in kernel.arg_names}
     kinds |= {name: POINTERS[name] for name in POINTERS if name in kinds}
     kinds |= dict.fromkeys({"log_sums", "mass", "sums", "outputs"} & set(kinds), "*fp32")

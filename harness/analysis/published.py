@@ -16,8 +16,8 @@ import pandas as pd
 
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.errors import UsageError
-from kvarena.harness.registry import choices, load_choice, one_of
-from kvarena.tasks.longbench.names import chosen_tasks
+from kvarena.harness.registry import choices, load_choice, named_class, one_of
+from kvarena.tasks.base import Task
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published"
 # Those with True must not be empty.
@@ -121,12 +121,13 @@ def _identity(line: Line) -> Identity:
 
 
 def _parts(task: str, part: str) -> frozenset[str]:
-    if task == "longbench" and part:
-        try:
-            return frozenset(chosen_tasks(part))
-        except ValueError as error:
-            raise UsageError(f"part: {error}") from error
-    return frozenset(name.strip() for name in part.split(",")) - {""}
+    read = Task.parts
+    if task in choices("task"):
+        read = named_class(load_choice("task", task)["_target_"], Task).parts  # type: ignore[attr-defined]
+    try:
+        return read(part)
+    except ValueError as error:
+        raise UsageError(f"part: {error}") from error
 
 
 @cache

@@ -129,7 +129,7 @@ class KvpressServer:
         threads = str(torch.get_num_threads())
         try:
             self._process = subprocess.Popen(
-                # Isolated, or harness/analysis/intervals.py would hide Python's own module of that name.
+                # Isolated: this folder would else hide modules of the same names.
                 [python, "-I", str(script), folder, threads],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -80,13 +80,18 @@ class Session:
         """Tables and pictures of the cells of this command, or its plan."""
         # Imported here: torch takes seconds, and a typo should not wait for it.
         if self.plans:
-            from kvarena.harness.cells.plan import print_plans
+            from kvarena.harness.command.plan_table import print_plans
 
             print_plans(self.plans)
         elif self.outcomes:
             from kvarena.harness.report.after_run import report
 
-            written = report(self.outcomes, self.results_dir, allow_partial=self.allow_partial)
+            wanted: dict[Path, frozenset[str]] = {}  # shards are jobs of their own in one cell
+            for outcome in self.outcomes:
+                if outcome.sample_ids:
+                    before = wanted.get(outcome.path, frozenset())
+                    wanted[outcome.path] = before | outcome.sample_ids
+            written = report(wanted, self.results_dir, allow_partial=self.allow_partial)
             print("\nWritten:")
             for path in written:
                 print(f"  {path}")

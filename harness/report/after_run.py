@@ -1,6 +1,6 @@
 """What a command shows when its cells are done: a table, tidy CSV files and pictures."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -9,23 +9,18 @@ import pandas as pd
 from kvarena.harness.analysis.comparison import CELL, compare_cells
 from kvarena.harness.analysis.distances import are_forced, distances, with_kl
 from kvarena.harness.analysis.row_frame import read_rows
-from kvarena.harness.cells.run_cell import Outcome
 from kvarena.harness.files import file_name
 from kvarena.harness.registry import choices, load_choice
 from kvarena.harness.report import needle_maps, text_tables
 
 
 def report(
-    outcomes: Sequence[Outcome], results_dir: Path, *, allow_partial: bool = False
+    wanted: Mapping[Path, Collection[str]], results_dir: Path, *, allow_partial: bool = False
 ) -> list[Path]:
     """Print one table per task; write its rows, its summary and its pictures. Returns the files.
 
-    Only the samples of this command count, not what else their cells hold.
+    wanted: ids of the command's samples by cell; what else the cells hold does not count.
     """
-    wanted: dict[Path, frozenset[str]] = {}  # shards are jobs of their own in one cell
-    for outcome in outcomes:
-        wanted[outcome.path] = wanted.get(outcome.path, frozenset()) | outcome.sample_ids
-    wanted = {path: sample_ids for path, sample_ids in wanted.items() if sample_ids}
     rows = read_rows(wanted, only=wanted)
     if rows.empty:
         return []

@@ -1,6 +1,6 @@
 """How alike are the tokens that two policies, or two ways of reading, keep of one prompt.
 
-Works on the tables of harness/studies/kept_tokens.py: ``kept`` has one line per policy, prefill, layer, KV head
+Works on the tables of kept_tokens.py: ``kept`` has one line per policy, prefill, layer, KV head
 and token held; ``samples`` one per prompt. Shape letters: L layers, K KV heads, T prompt tokens.
 """
 

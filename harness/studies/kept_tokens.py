@@ -7,7 +7,7 @@ keydiff_geometry:
 samples.csv: the prompts, where their needle stands, and the full cache's answer.
 kept.parquet: the positions every policy holds at the end of a prompt, in each layer and KV head.
 needle_held.parquet: how many of the needle's tokens it holds after every pass.
-agreement.parquet, keys.parquet: the geometry of the full cache's keys (harness/studies/key_geometry.py),
+agreement.parquet, keys.parquet: the geometry of the full cache's keys (key_geometry.py),
 per head, and every fourth key of the first prompt.
 manifest.json: settings, commit and package versions.
 

@@ -1,6 +1,6 @@
 """Train retaining heads for a frozen model: ``python -m kvarena.harness.training.locret --help``.
 
-Samples are made on the spot (harness/training/locret_texts.py) and cost one forward pass of the model each:
+Samples are made on the spot (locret_texts.py) and cost one forward pass of the model each:
 the default, 160 of them, took 21 minutes on one busy core. The same command goes on where a stopped
 one was; a finished one only says so. Beside the heads lie the losses (CSV and PNG) and the held-out
 overlap (CSV).

@@ -1,6 +1,6 @@
 """How well a score finds the tokens that answers look at most, on held-out samples.
 
-The truth are the prompt tokens with the largest targets (harness/training/locret_heads.py), per layer and KV
+The truth are the prompt tokens with the largest targets (locret_heads.py), per layer and KV
 head. Beside the trained heads stand untrained ones, recency and KeyDiff.
 """
 

@@ -86,6 +86,11 @@ class LongBench(Task):
         """Most tokens of a prompt without its chat template; None if it is never cut."""
         return self.max_length if isinstance(self.max_length, int) else None
 
+    @classmethod
+    def parts(cls, text: str) -> frozenset[str]:
+        """As ``tasks`` takes them: also a group, such as en_code16."""
+        return frozenset(chosen_tasks(text)) if text else frozenset()
+
     def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
         """Task by task, the first ``limit`` rows of each; there is no chance in them.
 
