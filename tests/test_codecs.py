@@ -383,12 +383,11 @@ def test_as_many_tokens_stay_exact_as_the_docstring_says(
     codec: Codec, fewest: int, most: int
 ) -> None:
     engine = Engine(toy_model(), Full(), codec=codec, chunk_tokens=32, slots=1)
+    batch = engine.batch([toy_prompt(420)], max_new_tokens=260)
     counts: list[int] = []  # of exact tokens, after every pass
-
-    def count(_: int) -> None:
-        counts.extend(engine.layers[0]._num_exact[0][:1])
-
-    next(engine.generate([toy_prompt(420)], max_new_tokens=260, on_pass=count))
+    while batch.has_work:
+        batch.step()
+        counts.extend(batch.layers[0]._num_exact[0][:1])
     since_coding = counts[420 // 32 :]
     assert (min(since_coding), max(since_coding)) == (fewest, most)
 

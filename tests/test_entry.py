@@ -20,7 +20,13 @@ from faulty import Kvarena, Outcome
 from kvarena.harness.entry import one_line_errors, place_error
 from toy_folder import toy_overrides
 
-READING = ("status", "paper_tables", "html_report", "rescore", "equal_bytes")
+READING = (
+    "report.status",
+    "report.paper_tables",
+    "report.html_page",
+    "cells.rescore",
+    "studies.equal_bytes",
+)
 
 
 @pytest.fixture
@@ -36,7 +42,9 @@ def call(kvarena: Kvarena, module: str, *arguments: object) -> Outcome:
     kvarena.capsys.readouterr()
     code = 0
     with kvarena.monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", [f"/somewhere/{module}.py", *map(str, arguments)])
+        patch.setattr(
+            sys, "argv", [f"/somewhere/harness/{module.replace('.', '/')}.py", *map(str, arguments)]
+        )
         try:
             main()
         except SystemExit as stop:
@@ -47,7 +55,7 @@ def call(kvarena: Kvarena, module: str, *arguments: object) -> Outcome:
 # ---- arguments ----
 
 
-@pytest.mark.parametrize("module", [*READING[:-1], "anatomy", "reference"])
+@pytest.mark.parametrize("module", [*READING[:-1], "studies.kept_tokens", "studies.reference"])
 def test_a_command_without_its_folder_shows_its_usage(module: str, kvarena: Kvarena) -> None:
     outcome = call(kvarena, module)
     assert outcome.code == 2
@@ -63,7 +71,7 @@ def test_a_folder_without_cells_is_one_line(module: str, kvarena: Kvarena) -> No
 
 
 def test_tables_that_are_not_there_are_named(kvarena: Kvarena) -> None:
-    outcome = call(kvarena, "reference", kvarena.folder, "needle")
+    outcome = call(kvarena, "studies.reference", kvarena.folder, "needle")
     assert (outcome.code, outcome.is_one_line) == (1, True)
     assert f"No such file or directory: '{kvarena.folder}/tables/needle.csv'" in outcome.err
 
@@ -71,7 +79,7 @@ def test_tables_that_are_not_there_are_named(kvarena: Kvarena) -> None:
 def test_a_home_folder_may_be_written_as_a_tilde(kvarena: Kvarena) -> None:
     assert kvarena("limit=1").code == 0
     kvarena.monkeypatch.setenv("HOME", str(kvarena.folder))
-    assert call(kvarena, "status", "~/results").code == 0
+    assert call(kvarena, "report.status", "~/results").code == 0
 
 
 # ---- disks ----
@@ -118,7 +126,7 @@ def read_only(folder: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("module", "written"),
-    [("paper_tables", "tables/rows."), ("html_report", "report.html'")],
+    [("report.paper_tables", "tables/rows."), ("report.html_page", "report.html'")],
 )
 def test_what_cannot_be_written_is_one_line_with_its_own_name(
     module: str, written: str, kvarena: Kvarena
@@ -134,16 +142,16 @@ def test_what_cannot_be_written_is_one_line_with_its_own_name(
 def test_what_only_reads_works_on_a_read_only_disk(kvarena: Kvarena) -> None:
     assert kvarena("limit=1").code == 0
     assert kvarena("policy=tova", "mode=plan").code == 0
-    expected = call(kvarena, "status", kvarena.results)
+    expected = call(kvarena, "report.status", kvarena.results)
     assert "missing" in expected.out
     with read_only(kvarena.results):
-        assert call(kvarena, "status", kvarena.results) == expected
+        assert call(kvarena, "report.status", kvarena.results) == expected
 
 
 def test_scoring_again_says_once_that_it_has_to_write(kvarena: Kvarena) -> None:
     assert kvarena("-m", "policy=keydiff,tova", "limit=1").code == 0
     with read_only(kvarena.results):
-        outcome = call(kvarena, "rescore", kvarena.results)
+        outcome = call(kvarena, "cells.rescore", kvarena.results)
     assert (outcome.code, outcome.out, outcome.is_one_line) == (2, "", True)
     assert f"{kvarena.results} cannot be written, and new scores go there" in outcome.err
 
@@ -245,7 +253,8 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
 def test_a_run_whose_output_is_no_longer_read_stops_and_keeps_its_rows(kvarena: Kvarena) -> None:
     code = (
         "import sys\n"
-        "from kvarena.harness import run, run_cell\n"
+        "from kvarena.harness.cells import run_cell\n"
+        "from kvarena.harness.command import run\n"
         "def gone(*_, **__): raise BrokenPipeError\n"
         "run_cell.print = gone\n"
         "sys.argv[0] = 'kvarena'\n"

@@ -309,7 +309,7 @@ def test_an_unknown_code_similarity_is_refused() -> None:
 
 def test_scoring_needs_no_torch() -> None:
     code = (
-        "import sys; from kvarena.tasks.longbench import score_prediction as score; "
+        "import sys; from kvarena.tasks.longbench.metrics import score_prediction as score; "
         "score('qasper', 'a', ['b']); print('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -382,7 +382,7 @@ def test_lists_become_tuples():
 def test_the_yaml_gives_the_defaults():
     path = Path(__file__).parents[1] / "conf" / "task" / "needle.yaml"
     options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert options.pop("_target_") == f"{Needle.__module__}.{Needle.__qualname__}"
+    assert options.pop("_target_") == "kvarena.tasks.needle.Needle"
     assert Needle(**options) == Needle()
     assert list(options) == [option.name for option in fields(Needle)]
 

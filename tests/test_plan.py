@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kvarena.harness.cells.plan import plan_cell
-from kvarena.harness.command.plan_table import print_plans
 from kvarena.harness.cells.run_cell import run_cell
+from kvarena.harness.command.plan_table import print_plans
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import loading
 from kvarena.harness.models.kv_size import bytes_per_token
