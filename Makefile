@@ -338,6 +338,10 @@ check: .venv/.stamp ## ruff, formatting, types, and who imports whom
 	.venv/bin/mypy -p kvarena
 	.venv/bin/lint-imports --no-cache
 
+.PHONY: dictionary
+dictionary: .venv/.stamp ## the tables of columns in results/README.md, anew from where they are declared
+	@.venv/bin/python -m kvarena.harness.store.columns
+
 .PHONY: format
 format: .venv/.stamp ## let ruff format the code and fix what it can
 	.venv/bin/ruff format .

@@ -13,11 +13,12 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from kvarena.harness.column import Column
 from kvarena.tasks.benchmark.downloads import HubFile
 from kvarena.tasks.benchmark.rows import Row, is_count, is_text
 from kvarena.tasks.math.answers import normalised
 from kvarena.tasks.math.problems import TEXT, ProblemSet
-from kvarena.tasks.math.task import MathTask
+from kvarena.tasks.math.task import BOXED_EM, OF_ANSWERS, UNIQUE_ID, MathTask
 
 TEST_FILE = HubFile(
     repo="math-ai/aime25",
@@ -39,6 +40,7 @@ class Aime25(MathTask):
 
     name: ClassVar[str] = "aime25"
     version: ClassVar[str] = "1"
+    row_columns: ClassVar[tuple[Column, ...]] = (BOXED_EM, UNIQUE_ID, *OF_ANSWERS)
     problems: ClassVar[ProblemSet] = ProblemSet(
         title="AIME 2025",
         folder="aime25",

@@ -12,8 +12,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from kvarena.harness.column import Column
+
 if TYPE_CHECKING:
     import pandas as pd
+
+
+# What tables and pictures make something of, whichever task tells it.
+LENGTH_TARGET = Column(
+    "meta_length_target",
+    int,
+    "tokens",
+    "length asked for: of the prompt; of RULER, of prompt and answer",
+    low=0,
+)
+DEPTH_TARGET = Column(
+    "meta_depth_target",
+    float,
+    "percent",
+    "needle depth asked for; 0 is the start of the text, 100 its end",
+    low=0,
+    high=100,
+)
+IS_SAMPLE = Column(
+    "meta_is_sample",
+    bool,
+    "",
+    "true: rows or problems of kvarena's own, NOT the benchmark",
+)
+READ_BY_REPORTS = (LENGTH_TARGET, DEPTH_TARGET, IS_SAMPLE)
 
 
 class Tokenizer(Protocol):
@@ -43,7 +70,8 @@ class Sample:
     # independent; "": nobody else's) and the sub-benchmark they belong to ("": there is one only).
     document: str = ""
     part: str = ""
-    meta: Mapping[str, Any] = field(default_factory=dict)  # JSON values, written to the row
+    # JSON values, written to the row as meta_<key>; Task.row_columns says what they are.
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -53,6 +81,8 @@ class Task(ABC):
     version: ClassVar[str]
     # True: the answer is given, and the harness measures how the model would have answered.
     is_teacher_forced: ClassVar[bool] = False
+    # What its rows have besides those of every task: meta_<key>, and metrics other than ``score``.
+    row_columns: ClassVar[tuple[Column, ...]] = ()
 
     def settle(self, context_tokens: int | None) -> dict[str, Any]:
         """Fit what is ``auto`` to a model; returns those options by name as they are from now on.

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from kvarena.harness.column import Column
 from kvarena.harness.registry import build, choices, load_choice, one_of
 from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
 
@@ -30,6 +31,11 @@ class Fidelity(Task):
     """
 
     is_teacher_forced: ClassVar[bool] = True
+    # And those of the task within.
+    row_columns: ClassVar[tuple[Column, ...]] = (
+        Column("meta_of", str, "name", "whose samples these are"),
+        Column("meta_forced", str, "", "the answer that was forced", choices=REFERENCES),
+    )
 
     of: str = "needle"
     options: Mapping[str, Any] | None = None  # Any: whatever that task's yaml holds

@@ -20,12 +20,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kvarena.harness.column import Column
 from kvarena.tasks.base import Sample, Tokenizer, count_question_tokens, render_prompt
 from kvarena.tasks.benchmark.downloads import HubFile
 from kvarena.tasks.benchmark.rows import Row, is_text
 from kvarena.tasks.math.answers import same_answer
 from kvarena.tasks.math.problems import TEXT, ProblemSet
-from kvarena.tasks.math.task import MathTask
+from kvarena.tasks.math.task import OF_ANSWERS, MathTask
 
 TEST_FILE = HubFile(
     repo="openai/gsm8k",
@@ -50,6 +51,26 @@ class Gsm8k(MathTask):
 
     name: ClassVar[str] = "gsm8k"
     version: ClassVar[str] = "1"
+    row_columns: ClassVar[tuple[Column, ...]] = (
+        Column(
+            "answered",
+            float,
+            "",
+            'whether a number followed "The answer is"; `score` is about that number, by algebra',
+            low=0,
+            high=1,
+        ),
+        Column(
+            "strict_em",
+            float,
+            "",
+            "lm-evaluation-harness's strict-match of `gsm8k_cot`",
+            low=0,
+            high=1,
+        ),
+        Column("flexible_em", float, "", "lm-evaluation-harness's flexible-extract", low=0, high=1),
+        *OF_ANSWERS,
+    )
     most_new_tokens: ClassVar[int] = 256
     problems: ClassVar[ProblemSet] = ProblemSet(
         title="GSM8K",

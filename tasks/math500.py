@@ -11,10 +11,11 @@ Differs from the paper: math-verify compares the answers, not the graders of eit
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from kvarena.harness.column import Column
 from kvarena.tasks.benchmark.downloads import HubFile
 from kvarena.tasks.benchmark.rows import Row, is_count
 from kvarena.tasks.math.problems import TEXT, ProblemSet
-from kvarena.tasks.math.task import MathTask
+from kvarena.tasks.math.task import BOXED_EM, OF_ANSWERS, UNIQUE_ID, MathTask
 
 # The checksum is also that of the original, prm800k/math_splits/test.jsonl of
 # https://github.com/openai/prm800k.
@@ -32,6 +33,13 @@ class Math500(MathTask):
 
     name: ClassVar[str] = "math500"
     version: ClassVar[str] = "1"
+    row_columns: ClassVar[tuple[Column, ...]] = (
+        BOXED_EM,
+        Column("meta_subject", str, "", "field of mathematics, as the benchmark has it"),
+        Column("meta_level", int, "", "how hard the problem is, as the benchmark has it", low=0),
+        UNIQUE_ID,
+        *OF_ANSWERS,
+    )
     problems: ClassVar[ProblemSet] = ProblemSet(
         title="MATH-500",
         folder="math500",

@@ -27,16 +27,14 @@ from kvarena.harness.analysis.intervals import (
 )
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.errors import UsageError
+from kvarena.harness.store.columns import SUMMARY
 
 SECTION = ["task", "model", "variant"]
 CELL = [*SECTION, "policy", "budget"]
 NUMBERS = ["score", "kv_bytes_kept", "kv_bytes_peak", "ttft_sec", "decode_tokens_per_sec"]
 # Texts that rows may lack.
 _OPTIONAL = ["variant", "part", "document", "run_id"]
-_OF_CELLS = ["num_planned", "num_ok", "num_documents", "num_compressed"]
-_OF_CELLS += ["score", "score_low", "score_high", "score_se", *NUMBERS[1:], "slots"]
-_OF_CELLS += ["difference", "difference_low", "difference_high", "p_value", "p_holm"]
-_OF_CELLS += ["detectable", "num_pairs", "is_best", "ties_best"]
+_OF_CELLS = [column.name for column in SUMMARY]
 _OF_PAIRS = ["budget", "policy", "other", "num_pairs", "difference", "difference_low"]
 _OF_PAIRS += ["difference_high", "difference_se", "p_value", "p_holm", "detectable", "verdict"]
 
@@ -75,21 +73,11 @@ def compare_cells(
 ) -> pd.DataFrame:
     """One line per (task, model, variant, policy, budget), small budgets first, best score first.
 
-    num_planned, num_ok: rows asked for, rows that count; num_documents: independent ones in them
-    num_compressed: rows that count in which something was evicted; NaN where some do not say
-    score, score_low, score_high, score_se: see the module; NaN for a cell that lacks rows, unless
-        allow_partial
-    kv_bytes_kept, ttft_sec, decode_tokens_per_sec: medians; kv_bytes_peak, slots: the largest
-    difference, difference_low, difference_high, p_value, detectable, num_pairs: policy minus full
-        cache of the same task, model and variant, over the samples that both have; NaN (and no
-        pairs) for the full cache itself and where its run is missing or there are two versions
-    p_holm: p_value corrected for all policies compared with full at one budget
-    is_best: the highest score at a budget among its rivals, which are the cells that hold less than
-        the full cache: something was evicted in one sample at least (or the rows do not say), or a
-        codec stores what was kept in fewer bytes, which needs no eviction (``full+kivi``). Nobody
-        is where the rivals did not answer the same samples
-    ties_best: another of them that is not significantly below a best one (p >= 0.05, uncorrected)
+    What each column says is declared in ``SUMMARY`` of store/columns.py. ``is_best`` and
+    ``ties_best`` are given among the rivals at a budget; a codec that stores what was kept in fewer
+    bytes needs no eviction to be one (``full+kivi``).
 
+    allow_partial: a cell that lacks rows has a score all the same, in place of NaN.
     bounds: between which scores lie; None for another measure in their place, such as nats
 
     Raises UsageError for missing columns and no rows; warns of rows that repeat a sample and seed.

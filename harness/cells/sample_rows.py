@@ -144,7 +144,7 @@ def failure(error: Exception) -> dict[str, Any]:
 
 
 def settings_of(cell: Cell, sample: Sample, allowed: Allowance) -> dict[str, Any]:
-    """What is known of a row before anything ran; results/README.md is the dictionary."""
+    """What is known of a row before anything ran; store/columns.py says what each column is."""
     return {
         "task": cell.task.name,
         "task_version": cell.task.version,

@@ -25,8 +25,9 @@ from kvarena.harness.budget import parse_budget
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.report.budget_charts import default_settings
+from kvarena.tasks.base import DEPTH_TARGET, LENGTH_TARGET
 
-LENGTH, DEPTH = "meta_length_target", "meta_depth_target"
+LENGTH, DEPTH = LENGTH_TARGET.name, DEPTH_TARGET.name
 MARGIN_IN = 0.6  # room around the cells, in inches; what labels leave unused is cropped
 
 

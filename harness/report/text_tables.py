@@ -19,11 +19,15 @@ from rich.text import Text
 
 from kvarena.harness.analysis.comparison import SECTION, is_full_cache
 from kvarena.harness.analysis.distances import score_name
+from kvarena.harness.column import Column
 from kvarena.harness.files import replacing
+from kvarena.harness.store.columns import all_columns
 
 MAX_COLUMNS = 100
 NOTHING_EVICTED = "nothing was evicted: the budget never bound"
 _TIMES = ("TTFT s", "tok/s")
+_TEXT = pd.StringDtype()
+_DTYPES = {int: pd.Int64Dtype(), float: pd.Float64Dtype(), bool: pd.BooleanDtype()}
 
 Line = dict[Hashable, Any]  # a line of a frame, by column
 
@@ -247,24 +251,27 @@ def write_csv(frame: pd.DataFrame, path: str | Path) -> Path:
 
 
 def storable(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows that Parquet and CSV can hold: one type per column, missing values in any.
+    """Rows that Parquet and CSV can hold: each column of its declared type, missing values in any.
 
-    Lists and dictionaries become JSON text, and so does all else in a column of several types.
+    Lists become JSON text. A column that is not declared has the type of its values, and is text
+    where they are of several.
     """
-    return rows.apply(_one_type)
+    columns = all_columns()
+    return rows.apply(lambda values: _one_type(values, columns.get(str(values.name))))
 
 
-def _one_type(column: pd.Series) -> pd.Series:
-    if column.name == "budget":
-        return column.astype(str)
-    if column.isna().all():
-        return column.astype("string")
-    kind = pd.api.types.infer_dtype(column, skipna=True)
-    if kind in ("boolean", "integer", "floating", "mixed-integer-float"):
-        return column.convert_dtypes()
-    if column.dtype == object:
-        return column.map(_as_text, na_action="ignore").astype("string")
-    return column
+def _one_type(values: pd.Series, declared: Column | None) -> pd.Series:
+    dtype = _DTYPES.get(declared.dtype, _TEXT) if declared else None
+    if values.isna().all():
+        return values.astype(dtype or _TEXT)
+    kind = pd.api.types.infer_dtype(values, skipna=True)
+    if dtype != _TEXT and kind in ("boolean", "integer", "floating", "mixed-integer-float"):
+        found = values.convert_dtypes()
+        # Numbers that happen to be whole in these rows are numbers all the same.
+        return found.astype(dtype) if dtype == _DTYPES[float] and kind != "boolean" else found
+    if dtype == _TEXT or values.dtype == object:
+        return values.map(_as_text, na_action="ignore").astype(_TEXT)
+    return values
 
 
 def _as_text(value: Any) -> str:  # Any: a JSON value

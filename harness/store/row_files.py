@@ -8,66 +8,66 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    create_model,
+)
 
-from kvarena.harness.budget import parse_budget
+from kvarena.harness.column import Column
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import read_bytes, read_json, replacing
 from kvarena.harness.provenance import now
+from kvarena.harness.store.columns import CHECKED
 
 # Last the file of commands without a shard: only those score again, and what they write counts.
 ROW_FILES = ("samples-*of*.jsonl", "samples.jsonl")
 
 _Text = InstanceOf[str]  # pydantic's own refuse half a surrogate pair, which decoders can give
-_Count = Annotated[float, Field(ge=0, allow_inf_nan=False, multiple_of=1)]  # 4e6 is one, too
-_Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-def _check_budget(label: str) -> str:
-    parse_budget(label)
-    return label
+def row_model(columns: Iterable[Column]) -> type[BaseModel]:
+    """What a row may hold in these columns, each of which it may lack; others are passed over."""
+    fields: dict[str, Any] = {column.name: (_allowed(column) | None, None) for column in columns}
+    return create_model("Row", __config__=ConfigDict(strict=True, extra="ignore"), **fields)
 
 
-class _Row(BaseModel):
-    """What statistics, tables and pictures compute with; results/README.md is the dictionary."""
+def _allowed(column: Column) -> Any:  # Any: what annotates a field
+    if items := get_args(column.dtype):
+        return list[_allowed(replace(column, dtype=items[0]))]  # type: ignore[misc]
+    if column.choices:
+        return Literal[column.choices]
+    if column.check is not None:
+        return Annotated[str, AfterValidator(_checked_by(column.check))]
+    if column.dtype in (str, bool):
+        return _Text if column.dtype is str else bool
+    # A whole number may be written as 4e6, too.
+    step = 1 if column.dtype is int else None
+    return Annotated[
+        float,
+        Field(ge=column.low, le=column.high, multiple_of=step, allow_inf_nan=not column.finite),
+    ]
 
-    model_config = ConfigDict(strict=True, extra="ignore")
 
-    status: Literal["ok", "oom", "error", "invalid", "score_error"] | None = None
-    score: Annotated[float, Field(ge=0, le=1)] | None = None
-    task: _Text | None = None
-    model: _Text | None = None
-    policy: _Text | None = None
-    budget: Annotated[str, AfterValidator(_check_budget)] | None = None
-    part: _Text | None = None
-    document: _Text | None = None
-    prediction: _Text | None = None
-    references: list[_Text] | None = None
-    seed: int | None = None
-    prompt_tokens: _Count | None = None
-    generated_tokens: _Count | None = None
-    budget_tokens: _Count | None = None
-    kept_tokens: _Count | None = None
-    kv_bytes_kept: _Count | None = None
-    kv_bytes_peak: _Count | None = None
-    slots: Annotated[_Count, Field(ge=1)] | None = None
-    bits_per_value: _Amount | None = None
-    compression_ratio: _Amount | None = None
-    ttft_sec: _Amount | None = None
-    decode_tokens_per_sec: _Amount | None = None
-    compressed: bool | None = None
-    # Of forced answers; a model that rules tokens out has infinite distances.
-    kl_mean: float | None = None
-    kl_max: float | None = None
-    nll_difference: float | None = None
-    attention_recall: float | None = None
-    # Axes of pictures.
-    meta_length_target: _Amount | None = None
-    meta_depth_target: Annotated[_Amount, Field(le=100)] | None = None
+def _checked_by(check: Callable[[str], object]) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        check(text)
+        return text
+
+    return checked
+
+
+# The id is no part of it: a row without one is no row.
+_Row = row_model(column for column in CHECKED if column.name != "sample_id")
 
 
 def is_score(value: Any) -> bool:  # Any: what a scorer gave, or a JSON value

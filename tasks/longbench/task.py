@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
+from kvarena.harness.column import Column
 from kvarena.tasks.base import (
+    IS_SAMPLE,
     Sample,
     Task,
     Tokenizer,
@@ -35,6 +37,45 @@ __all__ = ["LongBench", "score_prediction"]
 
 NO_CHAT = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 
+COLUMNS = (
+    Column("meta_dataset", str, "name", "its task, as `part`"),
+    Column("meta_language", str, "", "the row's own field: `en`, `zh`, or of which code"),
+    Column("meta_length", int, "", "the row's own field: words, or characters in Chinese", low=0),
+    Column("meta_row_id", str, "name", "the row's own field"),
+    Column("meta_truncated", bool, "", "whether the prompt lost its middle"),
+    Column(
+        "meta_prompt_tokens_before_truncation",
+        int,
+        "tokens",
+        "length of the prompt before, without a chat template",
+        low=0,
+    ),
+    Column(
+        "meta_max_length",
+        int,
+        "tokens",
+        "most of a prompt; what `auto` stood for, as in the cell's identity: 3500, 7500, 15500, "
+        "31500, 127500 for contexts of 4k, 8k, 16k, 32k, 128k. Empty: no limit",
+        low=2,
+    ),
+    Column("meta_data", str, "", "where the rows were read"),
+    Column("meta_data_sha256", str, "16 digits", "of the file with the rows"),
+    Column("meta_settings_sha256", str, "16 digits", "of templates and generation lengths"),
+    IS_SAMPLE,
+    Column(
+        "meta_code_similarity", str, "", "what compared lines of code", choices=CODE_SIMILARITIES
+    ),
+    Column("meta_all_classes", list[str], "", "of classification: the classes to choose from"),
+    Column(
+        "rouge_official_zero",
+        float,
+        "",
+        "1 if the official code would have lost this ROUGE-L score to its recursion limit, else 0",
+        low=0,
+        high=1,
+    ),
+)
+
 
 @dataclass(kw_only=True)
 class LongBench(Task):
@@ -45,6 +86,7 @@ class LongBench(Task):
 
     name: ClassVar[str] = "longbench"
     version: ClassVar[str] = "1"
+    row_columns: ClassVar[tuple[Column, ...]] = COLUMNS
 
     tasks: tuple[str, ...] | str = "all"
     # Tokens of a prompt without its chat template; auto: what suits the model; None: no limit.

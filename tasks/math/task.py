@@ -11,13 +11,39 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from kvarena.tasks.base import Sample, Task, Tokenizer, content_id, render_prompt, rows_fingerprint
+from kvarena.harness.column import Column
+from kvarena.tasks.base import (
+    IS_SAMPLE,
+    Sample,
+    Task,
+    Tokenizer,
+    content_id,
+    render_prompt,
+    rows_fingerprint,
+)
 from kvarena.tasks.benchmark.rows import Row
 from kvarena.tasks.math.answers import graded, last_box, normalised
 from kvarena.tasks.math.grader import check_installed
 from kvarena.tasks.math.problems import ProblemSet
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+
+OF_ANSWERS = (
+    Column("meta_repeat", int, "", "which of the answers to the problem", low=0),
+    Column(
+        "meta_max_new_tokens",
+        int,
+        "tokens",
+        "most of an answer: by default what the model's context leaves after the prompt, at most "
+        "what the protocol allows",
+        low=1,
+    ),
+    IS_SAMPLE,
+)
+BOXED_EM = Column(
+    "boxed_em", float, "", "1 if the last box equals the gold answer as text, else 0", low=0, high=1
+)
+UNIQUE_ID = Column("meta_unique_id", str, "name", "the benchmark's own name of the problem")
 
 
 @dataclass(kw_only=True)

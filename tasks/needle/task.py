@@ -18,8 +18,16 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any, ClassVar
 
-from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
-from kvarena.tasks.haystack import Stretch, load_sentences
+from kvarena.harness.column import Column
+from kvarena.tasks.base import (
+    DEPTH_TARGET,
+    LENGTH_TARGET,
+    Sample,
+    Task,
+    Tokenizer,
+    content_id,
+)
+from kvarena.tasks.haystack import HAYSTACK, Stretch, load_sentences
 from kvarena.tasks.needle.prompt import hide_needles
 
 INTRO = "Read the text and remember the special magic number in it.\n\n"
@@ -37,12 +45,39 @@ falcon guitar hammer helmet island kettle ladder lantern marble meadow orchard o
 rocket saddle tunnel walnut"""
 THOUSANDS = re.compile(r"(?<!\d)\d{1,3}([, ])\d{3}(?:\1\d{3})*(?!\d)")  # 1,234,567 or 1 234 567
 
+COLUMNS = (
+    LENGTH_TARGET,
+    DEPTH_TARGET,
+    Column("meta_seed_index", int, "", "which of the samples of that length and depth", low=0),
+    Column(
+        "meta_depth_percent",
+        float,
+        "percent",
+        "needle depth as built (needles stand between sentences)",
+        low=0,
+        high=100,
+    ),
+    Column("meta_key", str, "", "what the needle gives a number to: `bitter-falcon`"),
+    Column(
+        "meta_needle_token_index", int, "tokens", "where in the prompt the needle begins", low=0
+    ),
+    HAYSTACK,
+    # With several needles, of which the ones above are the first that is asked for.
+    Column("all_found", float, "", "1 if all numbers asked for were found, else 0", low=0, high=1),
+    Column("meta_num_needles", int, "needles", "how many stand in the text", low=2),
+    Column("meta_num_asked", int, "needles", "how many of them are asked for", low=1),
+    Column("meta_keys", list[str], "", "keys of all needles, those asked for first"),
+    Column("meta_depth_percents", list[float], "percent", "their depths as built", low=0, high=100),
+    Column("meta_needle_token_indices", list[int], "tokens", "where they begin", low=0),
+)
+
 
 @dataclass(kw_only=True)
 class Needle(Task):
     """``num_seeds`` samples for each of ``lengths`` x ``depths``. ValueError on a bad option."""
 
     version: ClassVar[str] = "1"
+    row_columns: ClassVar[tuple[Column, ...]] = COLUMNS
 
     lengths: tuple[int, ...] = (1000, 2000)  # tokens of the prompt, with template and question
     depths: tuple[float, ...] = (0, 25, 50, 75, 100)  # percent of the haystack before the needle

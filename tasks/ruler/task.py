@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from kvarena.tasks.base import Sample, Task, Tokenizer, content_id
-from kvarena.tasks.haystack import load_sentences
+from kvarena.harness.column import Column
+from kvarena.tasks.base import LENGTH_TARGET, Sample, Task, Tokenizer, content_id
+from kvarena.tasks.haystack import HAYSTACK, load_sentences
 from kvarena.tasks.ruler.documents import SOURCES, load_questions, qa_recipe
 from kvarena.tasks.ruler.effective import effective_length
 from kvarena.tasks.ruler.needles import NIAH_TASKS, niah_recipe
@@ -33,6 +34,22 @@ ANSWER_TOKENS = {name: 128 for name in NIAH_TASKS} | {"vt": 30, "cwe": 120, "fwe
 }  # fmt: skip
 OFFLINE_TASKS = tuple(name for name in ANSWER_TOKENS if name not in SOURCES)
 
+COLUMNS = (
+    Column("meta_ruler_task", str, "name", "its task, as `part` without the length"),
+    LENGTH_TARGET,
+    Column("meta_length_tokens", int, "tokens", "length as built, answer included", low=0),
+    Column(
+        "meta_depths_percent",
+        list[float],
+        "percent",
+        "where in the context what is to be found stands, by characters",
+        low=0,
+        high=100,
+    ),
+    Column("meta_sample_index", int, "", "which of the samples of that task and length", low=0),
+    HAYSTACK,
+)
+
 
 @dataclass(kw_only=True)
 class Ruler(Task):
@@ -40,6 +57,7 @@ class Ruler(Task):
 
     name: ClassVar[str] = "ruler"
     version: ClassVar[str] = "2"
+    row_columns: ClassVar[tuple[Column, ...]] = COLUMNS
 
     tasks: tuple[str, ...] = OFFLINE_TASKS
     lengths: tuple[int, ...] = (4096,)  # tokens of prompt and answer
