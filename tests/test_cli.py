@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -24,10 +23,10 @@ from omegaconf import OmegaConf
 from kvarena.harness.cells import run_cell
 from kvarena.harness.command import run
 from kvarena.harness.command.overrides import prepare_arguments
-from kvarena.harness.command.schema import RunConfig
 from kvarena.harness.models import loading
 from kvarena.harness.registry import build, choices
 from kvarena.harness.report import after_run
+from kvarena.harness.settings import RunSettings
 from kvarena.harness.store.cell_folder import CellFolder
 from kvarena.policies.keydiff import KeyDiff
 from toy_folder import CONTEXT_TOKENS, toy_overrides
@@ -185,7 +184,7 @@ def ids(rows: list[dict]) -> list[str]:
         ("slots=0", "slots must be >= 1, got 0"),
         ("chunk=0", "chunk must be >= 1, got 0"),
         ("seed=x", "Value 'x' of type 'str' could not be converted to Integer"),
-        ("sampling.temperature=-1", "sampling: temperature must be >= 0"),
+        ("sampling.temperature=-1", "sampling.temperature must be >= 0 and finite, got -1.0"),
         ("sampling.heat=1", "unknown sampling option 'heat'. Available: temperature, top_k, "),
         ("policy.anchr=raw", "unknown policy option 'anchr'. Did you mean anchor? Available: "),
         ("+policy.anchr=raw", "unknown KeyDiff option 'anchr'. Did you mean anchor? Available: "),
@@ -568,10 +567,10 @@ def test_changed_options_are_in_the_label(kvarena: Command, results: Path) -> No
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_experiment_can_be_composed(name: str) -> None:
     GlobalHydra.instance().clear()
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    run.register_settings()
     with initialize_config_module("kvarena.conf", version_base="1.3"):
         settings = compose("config", overrides=[f"experiment={name}"])
-    assert set(settings) <= {setting.name for setting in fields(RunConfig)}
+    assert set(settings) <= {setting.name for setting in fields(RunSettings)}
     build(OmegaConf.to_container(settings.task, resolve=True))
 
 

@@ -72,7 +72,7 @@ def plan_cell(cell: Cell, results_dir: Path, *, fork: bool = False) -> Plan:
     lengths = [_num_tokens(sample) for sample in samples]
     bounds = [cell.budget_tokens(sample) for sample in samples]
     held = [
-        total if bound is None else min(total, bound + cell.chunk_tokens)
+        total if bound is None else min(total, bound + cell.settings.chunk)
         for total, bound in zip(lengths, bounds, strict=True)
     ]
     item_bytes = (cell.torch_kv_dtype or cell.torch_dtype).itemsize

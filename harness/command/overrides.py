@@ -18,14 +18,15 @@ from omegaconf import OmegaConf
 
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.command.launchers import check_launcher
-from kvarena.harness.command.schema import RunConfig, SamplingConfig
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import check_location, choices, one_of, options, unknown
+from kvarena.harness.sampling import Sampling
+from kvarena.harness.settings import RunSettings
 from kvarena.harness.store.shards import parse_shard
 
 GROUPS = ("task", "policy", "codec", "model", "experiment", "launcher")
 _SHELLS = ("bash", "fish", "zsh")
-SETTINGS = (*(setting.name for setting in fields(RunConfig)), "experiment", "launcher", "hydra")
+SETTINGS = (*(setting.name for setting in fields(RunSettings)), "experiment", "launcher", "hydra")
 
 
 def prepare_arguments(arguments: Sequence[str]) -> list[str]:
@@ -63,7 +64,7 @@ def sweep_dir(arguments: Sequence[str]) -> Path:
     """A folder of this command's own; absolute, since jobs may start in other folders."""
     given = [_parsed(a) for a in get_args_parser().parse_args(arguments).overrides]
     folders = [one.value() for one in given if one.key_or_group == "results_dir"]
-    last = folders[-1] if folders else RunConfig.results_dir
+    last = folders[-1] if folders else RunSettings.results_dir
     results_dir = OmegaConf.create([last])[0]  # with its interpolations resolved
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
     return Path(str(results_dir)).absolute() / "sweeps" / name
@@ -171,7 +172,7 @@ def _check_key(key: str) -> None:
         places.setdefault(option, []).append(
             name if all_have_it else f"{name} ({', '.join(owners)})"
         )
-    for setting in fields(SamplingConfig):
+    for setting in fields(Sampling):
         places.setdefault(setting.name, []).append(f"sampling.{setting.name}")
     raise UsageError(
         unknown("setting", first, SETTINGS, {name: " or ".join(p) for name, p in places.items()})
