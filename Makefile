@@ -101,9 +101,6 @@ endif
 
 # ---- variables become Hydra overrides; an empty one is not passed, so the default in conf/ holds ----
 
-# Not every place has trained heads, so locret runs when it is named: POLICY=locret.
-ALL_POLICIES := glob(*,exclude=locret)
-
 # $(value ...) takes the text as typed: a `$` in it is neither expanded by Make nor lost. A path is
 # quoted for Hydra, so that a comma in it does not begin another value.
 option = $(if $2,'$1=$2')
@@ -111,7 +108,7 @@ option_list = $(if $2,'$1=[$2]')
 option_path = $(if $2,'$1="$2"')
 OVERRIDES = $(strip \
   $(call option,task,$(value TASK)) \
-  $(call option,policy,$(patsubst all,$(ALL_POLICIES),$(value POLICY))) \
+  $(call option,policy,$(value POLICY)) \
   $(call option,codec,$(value CODEC)) \
   $(call option,budget,$(value BUDGET)) \
   $(call option,model,$(value MODEL)) \
@@ -239,7 +236,7 @@ rescore: .venv/.stamp ## score stored answers again, without a model; nothing is
 ##@ Recorded runs (results/reference and results/anatomy)
 
 REFERENCE := .venv/bin/python -m kvarena.harness.studies.reference results
-RUN_ALL := .venv/bin/kvarena --multirun 'policy=$(ALL_POLICIES)'
+RUN_ALL := .venv/bin/kvarena --multirun policy=all
 
 .PHONY: reference
 reference: .venv/.stamp ## the runs behind the README's table and picture: about 10 minutes

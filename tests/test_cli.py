@@ -24,7 +24,7 @@ from kvarena.harness.cells import run_cell
 from kvarena.harness.command import run
 from kvarena.harness.command.overrides import prepare_arguments
 from kvarena.harness.models import loading
-from kvarena.harness.registry import build, choices
+from kvarena.harness.registry import build, choices, ready_policies
 from kvarena.harness.report import after_run
 from kvarena.harness.settings import RunSettings
 from kvarena.harness.store.cell_folder import CellFolder
@@ -216,8 +216,10 @@ def ids(rows: list[dict]) -> list[str]:
             "codec.bits=4",
             "unknown codec option 'bits'. Available: none (bits is an option of kivi)",
         ),
-        ("policy=all,locret", "policy=all is a word of make, and stands alone there; write "),
-        ("-m policy=all,locret", "write 'policy=glob(*)' for every one"),
+        ("policy=all", "policy=all is several policies; add --multirun"),
+        ("policy=all,locret", "policy=all is several policies; add --multirun"),
+        ("-m policy=all,lockret", "unknown policy 'lockret'. Did you mean locret? Available: "),
+        ("-m task=all", "only policies have that word; write 'task=glob(*)' for every one"),
         ("policy=[keydiff,snapkv]", "policy takes a name; several of them with --multirun: "),
         ("policy=null", "unknown policy 'None'"),
         ("policy=", "unknown policy ''"),
@@ -511,6 +513,18 @@ def test_a_glob_sweeps_every_policy(kvarena: Command, results: Path) -> None:
     assert kvarena("-m", "policy=glob(*)", "limit=1").code == 0
     policies = {row["policy"] for rows in rows_of(results).values() for row in rows}
     assert policies == set(choices("policy"))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_all_policies_are_those_that_need_no_trained_file(kvarena: Command, results: Path) -> None:
+    assert kvarena("-m", "policy=all", "limit=1").code == 0
+    policies = {row["policy"] for rows in rows_of(results).values() for row in rows}
+    assert policies == set(ready_policies()) < set(choices("policy"))
+
+
+def test_all_policies_and_more_are_each_there_once() -> None:
+    (_, argument) = prepare_arguments(["-m", "policy='all',locret,full"])
+    assert argument == f"policy={','.join([*ready_policies(), 'locret'])}"
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -12,6 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kvarena.harness.command.overrides import prepare_arguments
+from kvarena.harness.registry import choices, ready_policies
 from kvarena.harness.studies.reference import REPOSITORY
 
 # Prints its arguments in place of doing anything.
@@ -113,7 +114,15 @@ def test_a_model_folder_of_any_signs_is_that_folder(checkout: Path) -> None:
 def test_commas_sweep_what_is_compared(checkout: Path) -> None:
     arguments = handed_on(checkout, "needle", "POLICY=keydiff,snapkv", "BUDGET=64,128")
     assert arguments[-2:] == ["policy=keydiff,snapkv", "budget=64,128"]
-    assert handed_on(checkout, "needle", "POLICY=all")[-1] == "policy=glob(*,exclude=locret)"
+    assert handed_on(checkout, "needle", "POLICY=all")[-1] == "policy=all"
+
+
+def test_the_front_door_knows_no_policy_by_name(checkout: Path) -> None:
+    """What needs training is trained by a target of its own; all else asks the registry."""
+    text = (checkout / "Makefile").read_text().partition("##@ Recorded runs")[0]
+    text += (REPOSITORY / "conf" / "config.yaml").read_text()
+    trained = set(choices("policy")) - set(ready_policies())
+    assert not [name for name in trained if name in text.replace(f"train-{name}", "")]
 
 
 def test_a_single_quote_is_refused_in_one_line(checkout: Path) -> None:

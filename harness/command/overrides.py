@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
@@ -19,12 +20,20 @@ from omegaconf import OmegaConf
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.command.launchers import check_launcher
 from kvarena.harness.errors import UsageError
-from kvarena.harness.registry import check_location, choices, one_of, options, unknown
+from kvarena.harness.registry import (
+    check_location,
+    choices,
+    one_of,
+    options,
+    ready_policies,
+    unknown,
+)
 from kvarena.harness.sampling import Sampling
 from kvarena.harness.settings import RunSettings
 from kvarena.harness.store.shards import parse_shard
 
 GROUPS = ("task", "policy", "codec", "model", "experiment", "launcher")
+_ALL = "all"  # of policies: those that need no trained file
 _SHELLS = ("bash", "fish", "zsh")
 SETTINGS = (*(setting.name for setting in fields(RunSettings)), "experiment", "launcher", "hydra")
 
@@ -52,7 +61,7 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
     prepared = [argument for argument in arguments if argument not in given.overrides]
     for argument in given.overrides:
         prepared += _prepared(argument, in_sweep=given.multirun)
-    return prepared
+    return [_with_all(argument) for argument in prepared]
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
@@ -108,12 +117,12 @@ def _prepared(argument: str, *, in_sweep: bool) -> list[str]:
             )
         return _model_at(str(override.value()))
     elif key == "launcher":
-        _check_choices(override)
+        _check_choices(override, in_sweep=in_sweep)
         if override.is_sweep_override():
             raise UsageError("launcher takes one value, for all jobs of the sweep")
         check_launcher(override.value(), in_sweep=in_sweep)
     elif key in GROUPS:
-        _check_choices(override)
+        _check_choices(override, in_sweep=in_sweep)
     elif key == "budget":
         for value in _values(override):
             parse_budget(value)
@@ -122,6 +131,15 @@ def _prepared(argument: str, *, in_sweep: bool) -> list[str]:
             parse_shard(None if value in ("None", "null") else value)
     assert override.input_line is not None, "Hydra notes what it parsed"
     return [override.input_line]
+
+
+def _with_all(argument: str) -> str:
+    """The same; ``policy=all`` names the policies that need no trained file."""
+    if not argument.startswith("policy=") or _ALL not in _values(_parsed(argument)):
+        return argument
+    # Last of all checks, for it asks the classes, and they import torch.
+    names = [ready_policies() if name == _ALL else [name] for name in _values(_parsed(argument))]
+    return f"policy={','.join(dict.fromkeys(chain(*names)))}"
 
 
 def _parsed(argument: str) -> Override:
@@ -179,7 +197,7 @@ def _check_key(key: str) -> None:
     )
 
 
-def _check_choices(override: Override) -> None:
+def _check_choices(override: Override, *, in_sweep: bool) -> None:
     group = override.key_or_group
     known = choices(group)
     value = override.value()
@@ -192,12 +210,16 @@ def _check_choices(override: Override) -> None:
     if isinstance(value, list | dict):
         raise UsageError(f"{group} takes a name; several of them with --multirun: {group}=A,B")
     for name in _values(override):
-        if name == "all":
+        if name == _ALL and group == "policy":
+            if not in_sweep:
+                raise UsageError("policy=all is several policies; add --multirun")
+        elif name == _ALL:
             raise UsageError(
-                f"{group}=all is a word of make, and stands alone there; write '{group}=glob(*)' "
-                f"for every one, '{group}=glob(*,exclude=[NAME,NAME])' to leave some out"
+                f"{group}=all: only policies have that word; write '{group}=glob(*)' for every "
+                f"one, '{group}=glob(*,exclude=[NAME,NAME])' to leave some out"
             )
-        one_of(group, name, known)
+        else:
+            one_of(group, name, known)
 
 
 def _check_results_dir(override: Override) -> None:
