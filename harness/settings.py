@@ -53,7 +53,6 @@ class RunSettings(CellSettings):
 
     results_dir: str = "results"
     mode: str = "run"  # run | plan: cells, samples, tokens, memory and time, without the model
-    drift: str = "refuse"  # refuse | fork: same settings, but other data, weights or policy code
     repair: bool = False  # true: keep the good lines of a damaged samples.jsonl and go on
     tracker: str = "none"  # none | mlflow | wandb | trackio: gets a copy of every cell's means
     allow_partial: bool = False  # true: show scores of cells that lack samples

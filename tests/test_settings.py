@@ -33,7 +33,6 @@ OTHERS = {
     "kv_dtype": "bfloat16",
     "sampling": "{temperature: 0.5}",
     "results_dir": "elsewhere",
-    "drift": "fork",
     "repair": "true",
     "tracker": "none",
     "mode": "run",

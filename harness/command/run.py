@@ -133,24 +133,16 @@ def _run(composed: DictConfig, session: Session) -> None:
     settings = OmegaConf.to_object(composed)
     assert isinstance(settings, RunSettings), "main says so to Hydra"
     one_of("mode", settings.mode, ["run", "plan"])
-    one_of("drift", settings.drift, ["refuse", "fork"])
     check_tracker(settings.tracker)
     session.allow_partial = settings.allow_partial
     session.results_dir = Path(settings.results_dir)
     cell = Cell(settings=settings)
     if settings.mode == "plan":
-        plan = plan_cell(cell, session.results_dir, fork=settings.drift == "fork")
-        session.plans.append(plan)
+        session.plans.append(plan_cell(cell, session.results_dir))
         return
     # In a sweep two jobs may be one cell (full has no budget): the second waits and finds it done.
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    outcome = run_cell(
-        cell,
-        session.results_dir,
-        fork=settings.drift == "fork",
-        repair=settings.repair,
-        wait=in_sweep,
-    )
+    outcome = run_cell(cell, session.results_dir, repair=settings.repair, wait=in_sweep)
     session.outcomes.append(outcome)
     if outcome.num_new:
         track_cell(settings.tracker, outcome.path)
