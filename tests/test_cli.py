@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -769,3 +770,53 @@ def test_an_unknown_flag_is_not_told_as_a_run_that_was_stopped(kvarena: Command)
     assert outcome.code == 2
     assert "unrecognized arguments: --bogus" in outcome.err
     assert "stopped" not in outcome.err
+
+
+# ---- options in sweeps ----
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_option_of_swept_codecs_is_one_of_each(kvarena: Command, results: Path) -> None:
+    outcome = kvarena("-m", "codec=kivi,kvcomp", "codec.window=32", "budget=128", "limit=1")
+    assert (outcome.code, outcome.err.count("error")) == (0, 0)
+    codecs = {row["codec"] for rows in rows_of(results).values() for row in rows}
+    assert codecs == {"kivi(window=32)", "kvcomp(window=32)"}
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("policy", "option", "label"),
+    [
+        ("h2o", "policy.per_query=true", "h2o(per_query=True)"),
+        ("l2norm", "policy.skip_layers=[0,2]", "l2norm(skip_layers=[0, 2])"),
+        ("snapkv", "policy.pooling='avg'", "snapkv(pooling=avg)"),
+    ],
+)
+def test_an_option_of_a_swept_policy_arrives_whatever_it_holds(
+    policy: str, option: str, label: str, kvarena: Command, results: Path
+) -> None:
+    assert kvarena("-m", option, f"policy=choice({policy})", "limit=1").code == 0
+    ((row,),) = rows_of(results).values()
+    assert row["policy"] == label
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_of_any_signs_arrives_at_each_of_swept_tasks(name: str) -> None:
+    arguments = prepare_arguments(["-m", "task=math500,gsm8k", f"task.data=/tmp/{name}"])
+    (batch,) = BasicSweeper.split_arguments(
+        OverridesParser.create().parse_overrides(arguments[1:]), max_batch_size=None
+    )
+    for task, (chosen, option) in zip(("math500", "gsm8k"), batch, strict=True):
+        assert chosen == f"task={task}"
+        (override,) = OverridesParser.create().parse_overrides([option])
+        assert override.value() == f"/tmp/{name}"
+
+
+def test_an_option_that_one_of_the_swept_lacks_stops_all_before_the_first_cell(
+    kvarena: Command, results: Path, loads: list[str]
+) -> None:
+    for policies in ("snapkv,keydiff", "all"):
+        outcome = kvarena("-m", f"policy={policies}", "policy.window=8")
+        assert (outcome.code, outcome.err.count("\n"), loads) == (2, 1, [])
+        assert "unknown policy option 'window'" in outcome.err
+        assert "(window is an option of snapkv)" in outcome.err

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime
-from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 
@@ -58,10 +57,12 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
         _check_completion(given.overrides)
         return list(arguments)
     # argparse takes overrides in one block only: `kvarena budget=64 -m policy=a,b` would fail.
-    prepared = [argument for argument in arguments if argument not in given.overrides]
+    flags = [argument for argument in arguments if argument not in given.overrides]
+    prepared: list[str] = []
     for argument in given.overrides:
         prepared += _prepared(argument, in_sweep=given.multirun)
-    return [_with_all(argument) for argument in prepared]
+    prepared = [_with_all(argument) for argument in prepared]
+    return [*flags, *_first_choices(prepared), *prepared]
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
@@ -142,6 +143,18 @@ def _with_all(argument: str) -> str:
     return f"policy={','.join(dict.fromkeys(chain(*names)))}"
 
 
+def _first_choices(arguments: Sequence[str]) -> list[str]:
+    """``codec=kivi`` for ``codec=kivi,kvcomp codec.window=32``: the first of a swept group.
+
+    Hydra composes once without what is swept, and would not know the option. For its jobs, the
+    sweep counts, which is given after this.
+    """
+    given = [_parsed(argument) for argument in arguments]
+    with_options = {one.key_or_group.partition(".")[0] for one in given if "." in one.key_or_group}
+    swept = [one for one in given if one.is_sweep_override() and one.key_or_group in with_options]
+    return [f"{one.key_or_group}={next(iter(_values(one)))}" for one in swept]
+
+
 def _parsed(argument: str) -> Override:
     """As Hydra reads it, else with its value as text. Raises HydraException for a bad key."""
     read = OverridesParser.create().parse_overrides
@@ -162,8 +175,10 @@ def _parsed(argument: str) -> Override:
 
 def _values(override: Override) -> list[str]:
     """The value, or the values of a sweep, as text."""
-    if isinstance(override.value(), Glob):
-        return []
+    value = override.value()
+    if isinstance(value, Glob):
+        group = override.key_or_group
+        return value.filter(choices(group)) if group in GROUPS else []
     if override.is_sweep_override():
         return [str(value).strip("'\"") for value in override.sweep_string_iterator()]
     return [str(override.value())]
@@ -202,7 +217,7 @@ def _check_choices(override: Override, *, in_sweep: bool) -> None:
     known = choices(group)
     value = override.value()
     if isinstance(value, Glob):
-        if not any(fnmatch(name, pattern) for name in known for pattern in value.include):
+        if not _values(override):
             raise UsageError(
                 f"{group}: no match for {value.include}. Available: {', '.join(known)}"
             )
