@@ -56,3 +56,5 @@ class RunSettings(CellSettings):
     repair: bool = False  # true: keep the good lines of a damaged samples.jsonl and go on
     tracker: str = "none"  # none | mlflow | wandb | trackio: gets a copy of every cell's means
     allow_partial: bool = False  # true: show scores of cells that lack samples
+    # Of an experiment's yaml alone: what is typed beside its name with -m, a sweep in a line.
+    sweeps: list[str] = field(default_factory=list)

@@ -4,6 +4,7 @@ A mistake in a sweep is told here, before its first cell and without waiting for
 """
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime
@@ -22,6 +23,7 @@ from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import (
     check_location,
     choices,
+    load_choice,
     one_of,
     options,
     ready_policies,
@@ -34,7 +36,42 @@ from kvarena.harness.store.shards import parse_shard
 GROUPS = ("task", "policy", "codec", "model", "experiment", "launcher")
 _ALL = "all"  # of policies: those that need no trained file
 _SHELLS = ("bash", "fish", "zsh")
-SETTINGS = (*(setting.name for setting in fields(RunSettings)), "experiment", "launcher", "hydra")
+SETTINGS = (
+    *(setting.name for setting in fields(RunSettings) if setting.name != "sweeps"),
+    *("experiment", "launcher", "hydra"),
+)
+
+
+def prepare_commands(arguments: Sequence[str]) -> list[list[str]]:
+    """What Hydra is to run, one after the other: each experiment by itself, in all its sweeps.
+
+    What is typed counts more than what an experiment's sweeps say. Raises UsageError before
+    anything runs.
+    """
+    given = get_args_parser().parse_intermixed_args(arguments)
+    named = [argument for argument in given.overrides if argument.startswith("experiment=")]
+    if not named:
+        return [prepare_arguments(arguments)]
+    experiment = _parsed(named[-1])
+    _check_choices(experiment, in_sweep=given.multirun)
+    listed = {name: load_choice("experiment", name).get("sweeps") for name in _values(experiment)}
+    if not given.multirun:
+        if any(listed.values()) and not (given.cfg or given.info or given.help):
+            raise UsageError(f"{named[-1]} is a sweep; add --multirun")
+        return [prepare_arguments(arguments)]
+    others = [argument for argument in arguments if argument not in named]
+    typed = {argument.partition("=")[0] for argument in given.overrides}
+    return [
+        prepare_arguments(
+            [
+                *others,
+                f"experiment={name}",
+                *(word for word in shlex.split(sweep) if word.partition("=")[0] not in typed),
+            ]
+        )
+        for name, sweeps in listed.items()
+        for sweep in sweeps or [""]
+    ]
 
 
 def prepare_arguments(arguments: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from kvarena.harness.command.job_outcomes import Failure, Session
-from kvarena.harness.command.overrides import is_sweep, prepare_arguments, quoted, sweep_dir
+from kvarena.harness.command.overrides import is_sweep, prepare_commands, quoted, sweep_dir
 from kvarena.harness.entry import leave_quietly, one_line_errors, place_error
 from kvarena.harness.errors import LockedError, UsageError
 from kvarena.harness.registry import one_of, options, unknown
@@ -59,15 +59,17 @@ def register_settings() -> None:
 def _command() -> None:
     """All cells that were asked for, then what they came to."""
     session = Session()
-    exchange = None  # where jobs in other processes leave what became of them
+    exchanges: list[Path] = []  # where jobs in other processes leave what became of them
     try:
-        arguments = prepare_arguments(sys.argv[1:])
-        if is_sweep(arguments):
-            exchange = sweep_dir(arguments)
-            arguments.append(f"hydra.sweep.dir={quoted(exchange)}")
-            session.results_dir = exchange.parents[1]
-        sys.argv[1:] = arguments
-        _hydra_main(session, exchange)
+        for arguments in prepare_commands(sys.argv[1:]):
+            exchange = None
+            if is_sweep(arguments):
+                exchange = sweep_dir(arguments)
+                exchanges.append(exchange)
+                arguments.append(f"hydra.sweep.dir={quoted(exchange)}")
+                session.results_dir = exchange.parents[1]
+            sys.argv[1:] = arguments
+            _hydra_main(session, exchange)
     except KeyboardInterrupt:
         session.code_when_stopped = 130
     except SystemExit as stop:
@@ -77,7 +79,7 @@ def _command() -> None:
         raise
     except Exception as error:
         session.fail(_failure(error, session.results_dir))
-    if exchange:
+    for exchange in exchanges:
         session.collect(exchange)
     if session.code_when_stopped in (130, 143):
         print(
