@@ -29,9 +29,8 @@ class CellSettings:
     policy: Any
     codec: Any
     model: Any
-    budget: Any = (
-        512  # tokens per KV head: 512 | 2k (2048) | 25% of the prompt; 12MB (bytes) | full
-    )
+    # most tokens of a KV head: 512 | 2k (2048) | 25% of the prompt; 12MB (bytes) | full
+    budget: Any = 512
     # inside the compressed prompt | after: the context is compressed alone | first: before it too
     question: str = "inside"
     limit: int | None = field(default=None, metadata=_SAME_ROWS)  # first so many samples; None: all
