@@ -39,6 +39,19 @@ def options() -> dict[str, list[str]]:
     return found
 
 
+def ready_policies() -> list[str]:
+    """Names of the policies that run anywhere: no option of theirs names a trained file.
+
+    These are ``policy=all``. Raises UsageError for one whose file does not import.
+    """
+    targets = {name: load_choice("policy", name)["_target_"] for name in choices("policy")}
+    return [
+        name
+        for name, target in targets.items()
+        if not getattr(named_class(target), "file_options", ())
+    ]
+
+
 def unknown(
     kind: str, name: str, known: Sequence[str], aliases: Mapping[str, str] | None = None
 ) -> str:

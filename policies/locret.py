@@ -12,10 +12,11 @@ new contiguous ones before each pass; heads keep different tokens, so every stor
 would have to be rotated again in each pass. Eviction goes on while decoding. The stabilizers are a
 share of the budget (the paper: 2500 tokens of 6000 or 16 384), and they protect the end of the
 prompt as well, where the paper has 100 local tokens that it never evicts. Heads made by ``make
-train-locret`` are narrower (d_R 64, the released ones 1024), see harness/train_locret.py.
+train-locret`` are narrower (d_R 64, the released ones 1024), see harness/training/locret.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kvarena.policies.base import LayerView, Needs, NewTokens, OptionError, Policy, at_least_float32
+
+_HEADS = "results/locret/smollm2-135m.safetensors"
+_IF_MISSING = "run `make train-locret`, or name the trained heads of your model"
 
 
 def token_features(new: NewTokens) -> Tensor:
@@ -42,14 +46,14 @@ def retaining_scores(features: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 class Locret(Policy):
     """heads: safetensors file of trained heads, ``layers.<number>.w1`` and ``.w2``.
 
-    stabilizer_ratio: share of the budget for the newest tokens. ValueError if there is no such
-    file, and at the first score if its heads are those of a model with other shapes.
+    stabilizer_ratio: share of the budget for the newest tokens. The file is read at the first
+    score: OptionError if it cannot be, or if its heads are those of a model with other shapes.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("retaining_score",)
     file_options: ClassVar[tuple[str, ...]] = ("heads",)
 
-    heads: str = "results/locret/smollm2-135m.safetensors"
+    heads: str = field(default=_HEADS, metadata={"if_missing": _IF_MISSING})
     stabilizer_ratio: float = 0.16
 
     def __post_init__(self) -> None:
@@ -58,13 +62,6 @@ class Locret(Policy):
             raise ValueError(
                 f"stabilizer_ratio must be at least 0 and under 1, got {self.stabilizer_ratio}"
             )
-        try:
-            self._weights = load_file(self.heads)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"heads: cannot read {self.heads!r} ({error}); run `make train-locret` to make the "
-                "default file, or name the trained heads of your model"
-            ) from error
 
     @property
     def needs(self) -> Needs:
@@ -82,6 +79,15 @@ class Locret(Policy):
         scores[..., -num_new:] = retaining_scores(features, w1, w2).transpose(-1, -2)
         return scores
 
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        """All heads by name; those that were used stay where the model is."""
+        try:
+            return load_file(self.heads)
+        except (OSError, SafetensorError) as error:
+            text = f"heads: cannot read {self.heads!r} ({error}); {_IF_MISSING}"
+            raise OptionError(text) from error
+
     def _head(self, layer: int, features: Tensor, num_kv_heads: int) -> list[Tensor]:
         """W1 and W2 of a layer in the dtype and on the device of the features, kept there."""
         names = [f"layers.{layer}.{name}" for name in ("w1", "w2")]
@@ -92,5 +98,5 @@ class Locret(Policy):
                 f"heads: {self.heads!r} is of another model: in layer {layer} W1 and W2 are "
                 f"{found}, this model needs ({wanted[0]}, d_R) and (d_R, {wanted[1]})"
             )
-        self._weights |= {name: self._weights[name].to(features) for name in names}
+        self._weights.update({name: self._weights[name].to(features) for name in names})
         return [self._weights[name] for name in names]

@@ -65,14 +65,22 @@ from contextlib import redirect_stdout
 from pathlib import Path
 import pytest
 from kvarena.harness import registry
+from kvarena.harness.bench import sizes
 from kvarena.harness.command import run
+from kvarena.harness.command.overrides import prepare_arguments
+from kvarena.harness.studies import kept_tokens
 from kvarena.harness.testing import check_policy
 
 here = Path(sys.argv[1])
 built = registry.build(registry.load_choice("policy", "middle_out"))
 known = {"choices": registry.choices("policy"), "class": type(built).__name__,
-         "file": registry.__file__, "options": vars(built)}
+         "file": registry.__file__, "options": vars(built),
+         "benches": sizes.evicting_policies(see_attention=False),
+         "studies": kept_tokens.evicting_policies(),
+         "policy=all": prepare_arguments(["-m", "policy=all"])[1]}
 (here / "known.json").write_text(json.dumps(known))
+broken = next(here.glob("site/kvarena/conf/policy/broken.*"))
+broken.rename(broken.with_suffix(".yaml"))
 arguments = sys.argv[2:]
 for name in ("middle_out", "broken"):
     sys.argv = ["check_policy", name]
@@ -101,7 +109,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (package / "conf" / "policy" / "middle_out.yaml").write_text(YAML.lstrip())
     (package / "policies" / "broken.py").write_text(BROKEN.lstrip())
     broken = "_target_: kvarena.policies.broken.Broken\n"
-    (package / "conf" / "policy" / "broken.yaml").write_text(broken)
+    (package / "conf" / "policy" / "broken.later").write_text(broken)
 
     (folder / "tests").mkdir()
     for name in (*COPIED_TESTS, "toys", "conftest"):
@@ -131,6 +139,11 @@ def test_it_is_listed_and_built(site: Path) -> None:
     assert "middle_out" in known(site)["choices"]
     assert known(site)["class"] == "MiddleOut"
     assert known(site)["options"] == {"sinks": 0, "recent": 0, "centre": 0.5}
+
+
+def test_benches_studies_and_all_policies_take_it_in(site: Path) -> None:
+    for place in ("benches", "studies", "policy=all"):
+        assert "middle_out" in known(site)[place], place
 
 
 def test_it_keeps_what_the_engine_relies_on(site: Path) -> None:

@@ -20,7 +20,7 @@ from kvarena.harness.bench.peers import KvpressServer, dynamic_cache_decode
 from kvarena.harness.bench.phases import PHASES, PhaseClock, clocks
 from kvarena.harness.bench.roofline import pass_bytes, pass_flops, with_fractions
 from kvarena.harness.bench.sections import chosen, run_sections
-from kvarena.harness.bench.sizes import POLICIES, QUICK
+from kvarena.harness.bench.sizes import QUICK, evicting_policies
 from kvarena.harness.bench.subjects import Subject, toy
 from kvarena.harness.bench.targets import check, targets
 from kvarena.harness.bench.timed_passes import full_slots, run_passes
@@ -89,7 +89,14 @@ def test_summary_holds_median_and_quartiles_in_the_order_of_measuring() -> None:
     assert list(summary.loc[0, ["median", "q1", "q3", "rounds"]]) == [3.0, 2.0, 4.0, 5]
 
 
-@pytest.mark.parametrize("policy", ["full", *POLICIES])
+def test_policies_are_measured_by_what_they_say_of_themselves() -> None:
+    free, seeing = (evicting_policies(see_attention=sees) for sees in (False, True))
+    assert set(free) == {"keydiff", "l2norm", "streaming_llm"}
+    assert set(seeing) == {"h2o", "snapkv", "tova"}
+    assert sorted(free + seeing) == evicting_policies()
+
+
+@pytest.mark.parametrize("policy", ["full", *evicting_policies()])
 def test_a_full_slot_goes_on_as_if_it_had_read_its_text(subject: Subject, policy: str) -> None:
     batch = full_slots(subject, policy, slots=2, cache_tokens=40, passes=3)
     logits = []
@@ -237,7 +244,7 @@ def test_a_whole_quick_run_writes_every_section_and_judges_every_target(
     assert table[["metric", "unit", "median", "rounds", "threads", "torch"]].notna().all(axis=None)
     timed = table[~table["metric"].isin(["clock_overhead_ratio", "idle_while_waiting_passes"])]
     assert (timed["median"] >= 0).all()
-    assert set(table.loc[table["section"] == "phases", "policy"]) == {"full", *POLICIES}
+    assert set(table.loc[table["section"] == "phases", "policy"]) == {"full", *evicting_policies()}
     judged = pd.read_csv(tmp_path / "quick-targets.csv")
     figures = " ".join(judged["figure"])
     for name in ("prefill of 256 over 64", "generate over l2norm", "DynamicCache", "h2o over str"):

@@ -61,7 +61,7 @@ def test_a_codec_keeps_more_tokens_in_the_same_bytes(
 ) -> None:
     budget = f"{kilobytes}kB"
     plain = rows_in(run_cell(toy_cell(folder, budget=budget), tmp_path).path)
-    cell = toy_cell(folder, codec=codec, codec_settings=small(codec), budget=budget)
+    cell = toy_cell(folder, codec=small(codec), budget=budget)
     coded = rows_in(run_cell(cell, tmp_path).path)
     for before, after in zip(plain, coded, strict=True):
         assert after["budget_tokens"] > 1.3 * before["budget_tokens"]
@@ -77,12 +77,10 @@ def test_a_codec_keeps_more_tokens_in_the_same_bytes(
 def test_a_part_first_and_the_rest_later_give_the_rows_of_the_whole(
     policy: str, codec: str, budget: str, folder: Path, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"budget": budget, "limit": None}
-    if codec != "none":
-        settings["codec_settings"] = small(codec) | ({"bits": 4} if codec == "kivi" else {})
+    options = small(codec) | ({"bits": 4} if codec == "kivi" else {}) if codec != "none" else codec
 
     def rows_of(results: Path, **changes: Any) -> list[dict[str, Any]]:
-        cell = toy_cell(folder, policy, codec, **(settings | changes))
+        cell = toy_cell(folder, policy, options, budget=budget, **changes)
         times = ("ttft_sec", "decode_tokens_per_sec", "slots")
         rows = rows_in(run_cell(cell, results).path)
         return [{k: v for k, v in row.items() if k not in times} for row in rows]
@@ -131,7 +129,7 @@ def test_a_sample_over_its_bytes_runs_again_under_a_coarser_codec(
     folder: Path, tmp_path: Path
 ) -> None:
     settings = small("kivi", bits=4)
-    cell = toy_cell(folder, "full", "kivi", codec_settings=settings, budget="80kB")
+    cell = toy_cell(folder, "full", settings, budget="80kB")
     path = run_cell(cell, tmp_path).path
     before = rows_in(path)
     too_generous(path, times_coarser=0)
@@ -154,8 +152,8 @@ def test_a_fit_on_another_length_is_measured_again(folder: Path, tmp_path: Path)
 
 
 def test_an_answer_longer_than_its_prompt_counts_in_full(folder: Path, tmp_path: Path) -> None:
-    task = dict(toy_cell(folder).task_settings) | {"lengths": [240], "max_new_tokens": 300}
-    path = run_cell(toy_cell(folder, task_settings=task, budget="60kB"), tmp_path).path
+    task = toy_cell(folder).settings.task | {"lengths": [240], "max_new_tokens": 300}
+    path = run_cell(toy_cell(folder, task=task, budget="60kB"), tmp_path).path
     fit = json.loads((path / "fit.json").read_text())
     assert fit["text_tokens"] > 500
     assert all(row["kv_bytes_kept"] <= 60_000 for row in rows_in(path))
@@ -165,11 +163,11 @@ def test_a_policy_that_keeps_everything_takes_a_coarser_codec(folder: Path, tmp_
     needed = {}
     for bits in (4, 2):
         settings = small("kivi", bits=bits)
-        cell = toy_cell(folder, "full", "kivi", codec_settings=settings, budget="full")
+        cell = toy_cell(folder, "full", settings, budget="full")
         rows = rows_in(run_cell(cell, tmp_path).path)
         needed[bits] = max(row["kv_bytes_kept"] for row in rows)
     between = f"{(needed[4] + needed[2]) // 2000}kB"
-    cell = toy_cell(folder, "full", "kivi", codec_settings=small("kivi", bits=4), budget=between)
+    cell = toy_cell(folder, "full", small("kivi", bits=4), budget=between)
     rows = rows_in(run_cell(cell, tmp_path).path)
     ran = choice_label("codec", small("kivi", bits=2))
     assert {row["codec"] for row in rows} == {ran}

@@ -7,28 +7,28 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from kvarena.harness.budget import parse_budget
 from kvarena.harness.cells import run_cell
 from kvarena.harness.command import run
-from kvarena.harness.command.overrides import prepare_arguments
-from kvarena.harness.command.schema import RunConfig
+from kvarena.harness.command.overrides import prepare_arguments, prepare_commands
 from kvarena.harness.models import loading
-from kvarena.harness.registry import build, choices
+from kvarena.harness.registry import build, choices, ready_policies
 from kvarena.harness.report import after_run
 from kvarena.harness.store.cell_folder import CellFolder
+from kvarena.harness.studies.reference import REPOSITORY
 from kvarena.policies.keydiff import KeyDiff
 from toy_folder import CONTEXT_TOKENS, toy_overrides
 
@@ -149,6 +149,7 @@ def ids(rows: list[dict]) -> list[str]:
         ),
         ("task=neadle", "unknown task 'neadle'. Did you mean needle? Available: "),
         ("model=smolm2", "unknown model 'smolm2'. Did you mean smollm2-135m? Available: "),
+        ("sweeps=[budget=64]", "unknown setting 'sweeps'."),
         ("experiment=dmo", "unknown experiment 'dmo'. Did you mean demo? Available: "),
         ("bugdet=512", "unknown setting 'bugdet'. Did you mean budget? Available: "),
         ("+bugdet=512", "unknown setting 'bugdet'. Did you mean budget? Available: "),
@@ -185,7 +186,7 @@ def ids(rows: list[dict]) -> list[str]:
         ("slots=0", "slots must be >= 1, got 0"),
         ("chunk=0", "chunk must be >= 1, got 0"),
         ("seed=x", "Value 'x' of type 'str' could not be converted to Integer"),
-        ("sampling.temperature=-1", "sampling: temperature must be >= 0"),
+        ("sampling.temperature=-1", "sampling.temperature must be >= 0 and finite, got -1.0"),
         ("sampling.heat=1", "unknown sampling option 'heat'. Available: temperature, top_k, "),
         ("policy.anchr=raw", "unknown policy option 'anchr'. Did you mean anchor? Available: "),
         ("+policy.anchr=raw", "unknown KeyDiff option 'anchr'. Did you mean anchor? Available: "),
@@ -217,8 +218,10 @@ def ids(rows: list[dict]) -> list[str]:
             "codec.bits=4",
             "unknown codec option 'bits'. Available: none (bits is an option of kivi)",
         ),
-        ("policy=all,locret", "policy=all is a word of make, and stands alone there; write "),
-        ("-m policy=all,locret", "write 'policy=glob(*)' for every one"),
+        ("policy=all", "policy=all is several policies; add --multirun"),
+        ("policy=all,locret", "policy=all is several policies; add --multirun"),
+        ("-m policy=all,lockret", "unknown policy 'lockret'. Did you mean locret? Available: "),
+        ("-m task=all", "only policies have that word; write 'task=glob(*)' for every one"),
         ("policy=[keydiff,snapkv]", "policy takes a name; several of them with --multirun: "),
         ("policy=null", "unknown policy 'None'"),
         ("policy=", "unknown policy ''"),
@@ -515,6 +518,18 @@ def test_a_glob_sweeps_every_policy(kvarena: Command, results: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_all_policies_are_those_that_need_no_trained_file(kvarena: Command, results: Path) -> None:
+    assert kvarena("-m", "policy=all", "limit=1").code == 0
+    policies = {row["policy"] for rows in rows_of(results).values() for row in rows}
+    assert policies == set(ready_policies()) < set(choices("policy"))
+
+
+def test_all_policies_and_more_are_each_there_once() -> None:
+    (_, argument) = prepare_arguments(["-m", "policy='all',locret,full"])
+    assert argument == f"policy={','.join([*ready_policies(), 'locret'])}"
+
+
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "setting",
     [
@@ -563,16 +578,6 @@ def test_changed_options_are_in_the_label(kvarena: Command, results: Path) -> No
     assert kvarena("policy.anchor=median", "policy.sinks=2", "limit=1").code == 0
     ((row,),) = rows_of(results).values()
     assert row["policy"] == "keydiff(sinks=2,anchor=median)"
-
-
-@pytest.mark.parametrize("name", choices("experiment"))
-def test_every_experiment_can_be_composed(name: str) -> None:
-    GlobalHydra.instance().clear()
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
-    with initialize_config_module("kvarena.conf", version_base="1.3"):
-        settings = compose("config", overrides=[f"experiment={name}"])
-    assert set(settings) <= {setting.name for setting in fields(RunConfig)}
-    build(OmegaConf.to_container(settings.task, resolve=True))
 
 
 def test_an_impossible_cell_does_not_stop_a_sweep(kvarena: Command, results: Path) -> None:
@@ -626,6 +631,79 @@ def test_the_installed_command_runs_from_another_folder(
     (rows,) = rows_of(tmp_path / "results").values()
     assert len(rows) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+# ---- experiments ----
+
+
+def jobs_of(*arguments: str) -> list[dict[str, Any]]:  # Any: resolved settings
+    """The settings of every job of a command, composed by Hydra, with the choices' names."""
+    jobs = []
+    run.register_settings()
+    for command in prepare_commands(["-m", *arguments]):
+        GlobalHydra.instance().clear()
+        with initialize_config_module("kvarena.conf", version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            overrides = OverridesParser.create(loader).parse_overrides(command[1:])
+            (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+            for job in batch:
+                settings = compose("config", overrides=job, return_hydra_config=True)
+                names = dict(settings.hydra.runtime.choices)
+                plain = {name: settings[name] for name in settings if name != "hydra"}
+                jobs.append(OmegaConf.to_container(OmegaConf.create(plain)) | {"names": names})
+    return jobs
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_job_of_every_experiment_can_be_built(name: str) -> None:
+    jobs = jobs_of(f"experiment={name}")
+    assert len(jobs) >= 7
+    for job in jobs:
+        for group in ("task", "policy", "codec"):
+            build(job[group])
+        assert parse_budget(job["budget"])
+
+
+def test_the_experiment_at_equal_bytes_runs_the_methods_that_are_recorded() -> None:
+    recorded = pd.read_csv(REPOSITORY / "results" / "equal-bytes" / "equal-bytes.csv")
+    methods = {
+        (policy.partition("+")[0], str(codec).partition("(")[0], budget)
+        for policy, codec, budget in recorded[["policy", "codec", "budget"]].to_numpy()
+    }
+    jobs = jobs_of("experiment=equal_bytes")
+    planned = {(job["names"]["policy"], job["names"]["codec"], job["budget"]) for job in jobs}
+    assert len(jobs) == len(planned) == 28
+    assert methods < planned
+    tight, wide = ({one[:2] for one in planned if one[2] == size} for size in ("12MB", "20MB"))
+    assert wide == tight | {("full", "zipcache")}
+    assert {job["kv_dtype"] for job in jobs} == {"float16"}
+    assert {job["codec"]["window"] for job in jobs if "window" in job["codec"]} == {64}
+
+
+def test_what_is_typed_counts_more_than_an_experiment() -> None:
+    jobs = jobs_of("budget=64", "experiment=demo", "policy=h2o,tova", "policy.recent=4", "limit=1")
+    assert [(job["names"]["policy"], job["budget"]) for job in jobs] == [("h2o", 64), ("tova", 64)]
+    assert {(job["policy"]["recent"], job["limit"]) for job in jobs} == {(4, 1)}
+
+
+def test_of_several_experiments_each_runs_its_own_sweeps_and_all_share_a_table(
+    kvarena: Command, results: Path
+) -> None:
+    arguments = ("-m", "experiment=demo,reference_needle", "policy=keydiff,tova", "limit=1")
+    outcome = kvarena(*arguments)
+    assert (outcome.code, outcome.err.count("error")) == (0, 0)
+    assert num_cells(results) == 4
+    rows = pd.read_csv(results / "tables" / "needle.csv")
+    assert sorted(rows["policy"].str.partition("@")[0]) == ["keydiff"] * 2 + ["tova"] * 2
+
+
+def test_an_experiment_with_sweeps_needs_the_flag_unless_it_is_only_shown(
+    kvarena: Command, loads: list[str]
+) -> None:
+    outcome = kvarena("experiment=demo")
+    assert (outcome.code, outcome.out, loads) == (2, "", [])
+    assert outcome.err == "error: experiment=demo is a sweep; add --multirun\n"
+    assert kvarena("--cfg=job", "experiment=demo").code == 0
 
 
 # ---- flags ----
@@ -756,3 +834,53 @@ def test_an_unknown_flag_is_not_told_as_a_run_that_was_stopped(kvarena: Command)
     assert outcome.code == 2
     assert "unrecognized arguments: --bogus" in outcome.err
     assert "stopped" not in outcome.err
+
+
+# ---- options in sweeps ----
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_option_of_swept_codecs_is_one_of_each(kvarena: Command, results: Path) -> None:
+    outcome = kvarena("-m", "codec=kivi,kvcomp", "codec.window=32", "budget=128", "limit=1")
+    assert (outcome.code, outcome.err.count("error")) == (0, 0)
+    codecs = {row["codec"] for rows in rows_of(results).values() for row in rows}
+    assert codecs == {"kivi(window=32)", "kvcomp(window=32)"}
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("policy", "option", "label"),
+    [
+        ("h2o", "policy.per_query=true", "h2o(per_query=True)"),
+        ("l2norm", "policy.skip_layers=[0,2]", "l2norm(skip_layers=[0, 2])"),
+        ("snapkv", "policy.pooling='avg'", "snapkv(pooling=avg)"),
+    ],
+)
+def test_an_option_of_a_swept_policy_arrives_whatever_it_holds(
+    policy: str, option: str, label: str, kvarena: Command, results: Path
+) -> None:
+    assert kvarena("-m", option, f"policy=choice({policy})", "limit=1").code == 0
+    ((row,),) = rows_of(results).values()
+    assert row["policy"] == label
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_of_any_signs_arrives_at_each_of_swept_tasks(name: str) -> None:
+    arguments = prepare_arguments(["-m", "task=math500,gsm8k", f"task.data=/tmp/{name}"])
+    (batch,) = BasicSweeper.split_arguments(
+        OverridesParser.create().parse_overrides(arguments[1:]), max_batch_size=None
+    )
+    for task, (chosen, option) in zip(("math500", "gsm8k"), batch, strict=True):
+        assert chosen == f"task={task}"
+        (override,) = OverridesParser.create().parse_overrides([option])
+        assert override.value() == f"/tmp/{name}"
+
+
+def test_an_option_that_one_of_the_swept_lacks_stops_all_before_the_first_cell(
+    kvarena: Command, results: Path, loads: list[str]
+) -> None:
+    for policies in ("snapkv,keydiff", "all"):
+        outcome = kvarena("-m", f"policy={policies}", "policy.window=8")
+        assert (outcome.code, outcome.err.count("\n"), loads) == (2, 1, [])
+        assert "unknown policy option 'window'" in outcome.err
+        assert "(window is an option of snapkv)" in outcome.err

@@ -6,11 +6,11 @@ import torch
 
 from kvarena.harness.engine import Batch, Engine, Generation, coded_cache
 from kvarena.harness.engine.coded_cache import CodedCache
-from kvarena.harness.registry import build, choices, load_choice
+from kvarena.harness.registry import build, choices, load_choice, ready_policies
 from lossless import Lossless
 from toys import finished, kernel_for, toy_model, toy_prompt
 
-POLICIES = [name for name in choices("policy") if name != "locret"]
+POLICIES = ready_policies()
 CODECS = choices("codec")
 PROMPTS = [toy_prompt(length, seed=length) for length in (200, 151, 97, 40)]
 NEW_TOKENS = 40

@@ -21,13 +21,13 @@ from kvarena.harness.engine.attention import AttentionSpec
 from kvarena.harness.engine.forward_pass import ForwardPass
 from kvarena.harness.engine.layer_cache import LayerCache
 from kvarena.harness.engine.packing import Run
-from kvarena.harness.registry import build, choices, load_choice
+from kvarena.harness.registry import build, load_choice, ready_policies
 from kvarena.policies.base import LayerView, NewTokens, Policy
 
 S, K, G, D, KEPT, CHUNK = 3, 2, 2, 64, 96, 32
 H, T = K * G, KEPT + CHUNK
 SPEC = AttentionSpec(scaling=D**-0.5)
-POLICIES = [name for name in choices("policy") if name != "locret"]  # whose heads fit one model
+POLICIES = ready_policies()
 
 # Most numbers per cached token that a policy may write to score it, beyond the attention it asks
 # for. Writing the keys out once takes D = 64 of them, reading them takes none.

@@ -10,9 +10,10 @@ import torch
 from kvarena.harness.engine import Batch, Engine, Request
 from kvarena.harness.engine.attention import KERNELS, attend_sdpa
 from kvarena.harness.engine.layer_cache import LayerCache
-from kvarena.harness.engine.sampling import Sampling
+from kvarena.harness.engine.sampling import choose
 from kvarena.harness.errors import PolicyError, UsageError
 from kvarena.harness.registry import build, choices, load_choice
+from kvarena.harness.sampling import Sampling
 from kvarena.policies.base import LayerView
 from kvarena.policies.full import Full
 from kvarena.policies.keydiff import KeyDiff
@@ -202,7 +203,7 @@ def test_tokens_are_drawn_with_the_probabilities_asked_for(
     num_draws = 20_000
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(num_draws, -1)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor(sampling.choose(logits, [generator] * num_draws))
+    drawn = torch.tensor(choose(sampling, logits, [generator] * num_draws))
     shares = torch.bincount(drawn, minlength=4) / num_draws
     torch.testing.assert_close(shares, torch.tensor(expected), atol=0.012, rtol=0)
     assert (shares > 0).tolist() == [share > 0 for share in expected]

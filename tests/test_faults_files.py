@@ -435,7 +435,7 @@ def edit_policy(kvarena: Kvarena, patch: pytest.MonkeyPatch) -> None:
         (edit_policy, "policy"),
     ],
 )
-def test_other_contents_are_refused_with_what_differs_and_kept_apart_on_request(
+def test_other_contents_are_refused_with_what_differs_and_kept_apart_in_another_folder(
     edit: Callable[[Kvarena, pytest.MonkeyPatch], None], field: str, kvarena: Kvarena
 ) -> None:
     kvarena("limit=1")
@@ -448,10 +448,13 @@ def test_other_contents_are_refused_with_what_differs_and_kept_apart_on_request(
         assert (refused.code, refused.is_one_line) == (2, True)
         assert f"the same settings but other contents: content.{field} " in refused.err
         assert refused.err.count(" -> ") == 1
-        assert "drift=fork" in refused.err
+        assert refused.err.endswith(
+            "; restore them, or choose another results_dir for the new ones\n"
+        )
         assert kvarena.num_cells == 1
-        assert kvarena("drift=fork").code == 0
-        assert kvarena.num_cells == 2
+        other = kvarena.folder / "other"
+        assert kvarena(f"results_dir={other}").code == 0
+        assert len(list(other.glob("runs/*/*/*/samples.jsonl"))) == kvarena.num_cells == 1
     assert path.read_bytes() == before
 
 
@@ -463,7 +466,7 @@ def test_what_changes_no_output_goes_on_in_the_same_cell(kvarena: Kvarena) -> No
     text = kvarena.folder / "hay" / "lines.txt"
     text.write_text(text.read_text())
     os.utime(text, (0, 0))
-    outcome = kvarena("slots=3", "allow_partial=true", "repair=true", "drift=fork")
+    outcome = kvarena("slots=3", "allow_partial=true", "repair=true")
     assert outcome.code == 0
     assert kvarena.rows[0] == before
     assert len(comparable(kvarena.rows)) == 2
@@ -506,7 +509,8 @@ def test_what_the_full_cache_says_is_kept_by_model(kvarena: Kvarena) -> None:
     ]
     assert kvarena().code == 0
     edit_model(kvarena, kvarena.monkeypatch)
-    assert kvarena("drift=fork").code == 0
+    shutil.rmtree(kvarena.results / "runs")
+    assert kvarena().code == 0
     folders = sorted((kvarena.results / "cache" / "fidelity").iterdir())
     assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]
     one, other = (next(folder.iterdir()).read_bytes() for folder in folders)

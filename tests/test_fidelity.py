@@ -17,10 +17,10 @@ from kvarena.harness.cells.cell import Cell
 from kvarena.harness.cells.forced_answers import RecallProbe, compare, forced_answers
 from kvarena.harness.cells.run_cell import run_cell
 from kvarena.harness.engine import Engine, Request
-from kvarena.harness.engine.sampling import Sampling
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models import ModelSpec
 from kvarena.harness.registry import build, choices, load_choice
+from kvarena.harness.sampling import Sampling
+from kvarena.harness.settings import CellSettings
 from kvarena.policies.base import Policy
 from kvarena.policies.full import Full
 from kvarena.policies.keydiff import KeyDiff
@@ -462,25 +462,16 @@ def toy_cell(files: tuple[Path, Path], policy: str = "keydiff", **changes: Any) 
     cell_runs._held_model.cache_clear()
     options = {"haystack": str(files[1]), "lengths": [400], "depths": [0, 100]}
     task = {**load_choice("task", "fidelity"), "options": options, "max_tokens": 6}
-    settings = {
-        "task_settings": {**task, **changes.pop("task", {})},
-        "policy_settings": load_choice("policy", policy),
-        "codec_settings": load_choice("codec", "none"),
-        "model": ModelSpec(name="toy", source=str(files[0])),
+    settings: dict[str, Any] = {
+        "policy": load_choice("policy", policy),
+        "codec": load_choice("codec", "none"),
+        "model": {"name": "toy", "source": str(files[0])},
         "budget": 64,
-        "sampling": Sampling(),
-        "question": "inside",
-        "seed": 0,
-        "limit": None,
         "slots": 2,
-        "chunk_tokens": 64,
-        "attention": "sdpa",
-        "device": "cpu",
-        "dtype": "auto",
-        "kv_dtype": "model",
-        "config": {},
+        "chunk": 64,
     }
-    return Cell(**{**settings, **changes})
+    task |= changes.pop("task", {})
+    return Cell(settings=CellSettings(**settings | changes, task=task))
 
 
 def rows_in(folder: Path) -> list[dict]:
@@ -508,9 +499,8 @@ def test_rows_have_the_columns_of_every_task_and_the_measures(
 
 def cell_of_needle(cell: Cell) -> Cell:
     """The cell of the task within."""
-    task = {**load_choice("task", "needle"), **cell.task_settings["options"], "max_new_tokens": 6}
-    settings = {name: getattr(cell, name) for name in cell.__dataclass_fields__}
-    return Cell(**{**settings, "task_settings": task})
+    task = {**load_choice("task", "needle"), **cell.settings.task["options"], "max_new_tokens": 6}
+    return Cell(settings=replace(cell.settings, task=task))
 
 
 def test_a_sweep_pays_for_the_full_cache_once_and_goes_on_where_it_stopped(

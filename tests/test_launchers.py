@@ -18,14 +18,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from faulty import Kvarena, Outcome, comparable, no_model_loads, read_rows
 from kvarena.harness.cells.run_cell import Outcome as CellOutcome
-from kvarena.harness.command import launchers
+from kvarena.harness.command import launchers, run
 from kvarena.harness.command.job_outcomes import Failure, Session
-from kvarena.harness.command.schema import RunConfig
 from toy_folder import toy_overrides
 
 SLOW = pytest.mark.slow  # every other process imports torch
@@ -112,7 +110,7 @@ def test_the_local_launcher_needs_no_sweep(kvarena: Kvarena) -> None:
 )
 def test_every_setting_of_a_launcher_is_one_that_its_plugin_knows(name: str) -> None:
     GlobalHydra.instance().clear()
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    run.register_settings()
     with initialize_config_module("kvarena.conf", version_base="1.3"):
         settings = compose("config", overrides=[f"launcher={name}"], return_hydra_config=True)
     expected = {"local": "basic", "slurm": "submitit_slurm"}.get(name, name)

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from faulty import Kvarena, no_model_loads
 from kvarena.harness.cells.fingerprints import code_fingerprint
 from kvarena.harness.engine import Engine
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import find_model
 from kvarena.harness.models.loading import load_tokenizer, load_weights
-from kvarena.harness.registry import build, load_choice
 from kvarena.harness.training import locret
 from kvarena.harness.training.locret import Settings, Training, train
 from kvarena.harness.training.locret_heads import (
@@ -36,7 +36,7 @@ from kvarena.policies.base import LayerView, Needs, NewTokens, Policy
 from kvarena.policies.locret import Locret, retaining_scores, token_features
 from kvarena.tasks.base import Sample
 from kvarena.tasks.haystack import load_sentences
-from toy_folder import save_haystack, save_model_folder, toy_cell
+from toy_folder import save_haystack, save_model_folder, toy_cell, toy_overrides
 from toys import finished, kernel_for, save_random_heads, toy_model, toy_prompt
 
 S, K, H, D, Q = 2, 2, 4, 16, 5
@@ -176,15 +176,31 @@ def test_stabilizers_are_a_share_of_the_budget(
     assert policy.num_recent(256) == expected
 
 
-def test_heads_that_cannot_be_read_are_refused_with_the_command_that_makes_them(
+def test_heads_are_read_at_the_first_score_and_what_cannot_be_read_is_told_with_what_to_do(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "text").write_text("not tensors")
     for name in ("none.safetensors", "text", "."):
-        with pytest.raises(ValueError, match=r"heads: cannot read .*; run `make train-locret`"):
-            Locret(heads=str(tmp_path / name))
-    with pytest.raises(UsageError, match="Locret: heads: cannot read 'none'"):
-        build({**load_choice("policy", "locret"), "heads": "none"})
+        policy = Locret(heads=str(tmp_path / name))
+        engine = Engine(toy_model(), policy, budget_tokens=40)
+        with pytest.raises(UsageError, match=r"Locret: heads: cannot read .*; run `make train-lo"):
+            next(engine.generate([toy_prompt(10)], max_new_tokens=1))
+
+
+def test_a_run_without_the_heads_is_one_line_before_the_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kvarena = Kvarena(monkeypatch, capsys, tmp_path, toy_overrides(tmp_path))
+    for mode in ("run", "plan"):
+        with no_model_loads():
+            outcome = kvarena("policy=locret", "policy.heads=none", f"mode={mode}")
+        assert (outcome.code, outcome.is_one_line) == (2, True)
+        assert outcome.err == (
+            "error: Locret: heads: cannot read 'none' (No such file or directory); run "
+            "`make train-locret`, or name the trained heads of your model\n"
+        )
+    save_random_heads(tmp_path / "none")
+    assert kvarena("policy=locret", "policy.heads=none").code == 0
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0])

@@ -10,7 +10,6 @@ from transformers import LlamaConfig
 from faulty import Kvarena, no_model_loads
 from kvarena.harness.cells.cell import Cell
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models import ModelSpec
 from kvarena.harness.models.loading import load_tokenizer
 from kvarena.harness.registry import load_choice
 from kvarena.tasks.base import Sample
@@ -47,8 +46,8 @@ def cell(folder: Path, task: str, context_tokens: int | None, **options: Any) ->
             (model / name).write_bytes((folder / "toy" / name).read_bytes())
         LlamaConfig(max_position_embeddings=context_tokens).save_pretrained(model)
     settings = load_choice("task", task) | options
-    spec = ModelSpec(name="toy", source=str(model))
-    return toy_cell(folder, task_settings=settings, model=spec, budget="8k")
+    spec = {"name": "toy", "source": str(model)}
+    return toy_cell(folder, task=settings, model=spec, budget="8k")
 
 
 def samples_of(found: Cell) -> list[Sample]:

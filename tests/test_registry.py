@@ -26,6 +26,7 @@ from kvarena.harness.registry import (
     named_class,
     one_of,
     options,
+    ready_policies,
     unknown,
 )
 from kvarena.policies.base import Policy
@@ -48,9 +49,6 @@ CHOICES = [(group, name) for group in ("policy", "codec", "task") for name in ch
 CHOICES.remove(("codec", "none"))
 # Rooms that may name a plug-in: recorded experiments, what trains one, what times some.
 MAY_NAME = ("studies", "training", "bench")
-
-# Every policy is built here, and one of them reads trained heads.
-pytestmark = pytest.mark.usefixtures("toy_heads")
 
 
 def file_id(path: Path) -> str:
@@ -264,6 +262,21 @@ def test_options_are_known_by_their_full_names() -> None:
     assert found["policy.window"] == ["snapkv"]
     assert set(found["task.lengths"]) == {"needle", "ruler"}
     assert "policy._target_" not in found
+
+
+def test_a_policy_is_ready_unless_an_option_names_a_file() -> None:
+    needy = {name for name in choices("policy") if class_of("policy", name).file_options}
+    assert needy
+    assert ready_policies() == [name for name in choices("policy") if name not in needy]
+
+
+@pytest.mark.parametrize("name", choices("policy"))
+def test_no_policy_needs_a_file_to_be_built(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert type(build(load_choice("policy", name))) is class_of("policy", name)
 
 
 def test_building_leaves_the_settings_alone() -> None:

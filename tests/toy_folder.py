@@ -7,9 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvarena.harness.cells.cell import Cell
-from kvarena.harness.engine.sampling import Sampling
-from kvarena.harness.models import ModelSpec
 from kvarena.harness.registry import load_choice
+from kvarena.harness.settings import CellSettings
 from toys import toy_model
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -54,25 +53,24 @@ def toy_overrides(folder: Path) -> list[str]:
     ]
 
 
-def toy_cell(folder: Path, policy: str = "keydiff", codec: str = "none", **changes: Any) -> Cell:
-    """Two needles for the model and haystack saved below ``folder`` as "toy" and "hay"."""
+Choice = str | dict[str, Any]  # a name, or the settings themselves
+
+
+def toy_cell(
+    folder: Path, policy: Choice = "keydiff", codec: Choice = "none", **changes: Any
+) -> Cell:
+    """Two needles for the model and haystack saved below ``folder`` as "toy" and "hay".
+
+    changes: of any other setting.
+    """
     task = {"haystack": str(folder / "hay"), "lengths": [300, 400], "depths": [50]}
-    settings = {
-        "task_settings": load_choice("task", "needle") | task | {"max_new_tokens": 6},
-        "policy_settings": load_choice("policy", policy),
-        "codec_settings": load_choice("codec", codec),
-        "model": ModelSpec(name="toy", source=str(folder / "toy")),
+    settings: dict[str, Any] = {
+        "task": load_choice("task", "needle") | task | {"max_new_tokens": 6},
+        "policy": load_choice("policy", policy) if isinstance(policy, str) else policy,
+        "codec": load_choice("codec", codec) if isinstance(codec, str) else codec,
+        "model": {"name": "toy", "source": str(folder / "toy")},
         "budget": "64",
-        "sampling": Sampling(),
-        "question": "inside",
-        "seed": 0,
-        "limit": None,
         "slots": 2,
-        "chunk_tokens": 32,
-        "attention": "sdpa",
-        "device": "cpu",
-        "dtype": "float32",
-        "kv_dtype": "model",
-        "config": {},
+        "chunk": 32,
     }
-    return Cell(**{**settings, **changes})
+    return Cell(settings=CellSettings(**settings | changes))

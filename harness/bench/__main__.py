@@ -20,7 +20,7 @@ from kvarena.harness.bench.peers import (
 from kvarena.harness.bench.phases import phases
 from kvarena.harness.bench.roofline import roofline
 from kvarena.harness.bench.sections import Section, chosen, quiet_command, run_sections
-from kvarena.harness.bench.sizes import DEFAULT, FULL, POLICIES, QUICK, SCORE_FREE, Plan
+from kvarena.harness.bench.sizes import CHIEF, DEFAULT, FULL, QUICK, Plan, evicting_policies
 from kvarena.harness.bench.speed import decode, prefill
 from kvarena.harness.bench.subjects import Subject, bundled_model, toy
 from kvarena.harness.bench.targets import targets
@@ -42,10 +42,11 @@ def prefills(subject: Subject, plan: Plan, kvpress: KvpressServer | None) -> lis
             chunk_tokens=chunk_tokens,
         )
 
-    two, longest = SCORE_FREE[:2], plan.wide_lengths[-1]
-    found = [ours(policy, n, plan.chunk_tokens) for n in plan.lengths for policy in two]
-    found += [ours(policy, n, plan.wide_chunk_tokens) for n in plan.wide_lengths for policy in two]
-    found += [ours(policy, longest, plan.wide_chunk_tokens) for policy in SCORE_FREE[2:]]
+    longest, wide = plan.wide_lengths[-1], plan.wide_chunk_tokens
+    found = [ours(policy, n, plan.chunk_tokens) for n in plan.lengths for policy in CHIEF]
+    found += [ours(policy, n, wide) for n in plan.wide_lengths for policy in CHIEF]
+    others = [name for name in evicting_policies(see_attention=False) if name not in CHIEF]
+    found += [ours(policy, longest, wide) for policy in others]
     for prompt_tokens in plan.wide_lengths:
         found.append(generate_prefill(subject, section="prefill", prompt_tokens=prompt_tokens))
         if kvpress is not None:
@@ -78,7 +79,7 @@ def decodes(subject: Subject, plan: Plan) -> list[Variant]:
                     cache_tokens=cache_tokens,
                     passes=plan.passes,
                 )
-                for policy in (*SCORE_FREE[:2], "full")
+                for policy in (*CHIEF, "full")
             ]
             found.append(
                 dynamic_cache_decode(
@@ -103,7 +104,7 @@ def policies(subject: Subject, plan: Plan) -> list[Variant]:
             budget_tokens=plan.budget_tokens,
             chunk_tokens=plan.chunk_tokens,
         )
-        for policy in POLICIES
+        for policy in evicting_policies()
     ]
     found += [
         decode(
@@ -115,7 +116,7 @@ def policies(subject: Subject, plan: Plan) -> list[Variant]:
             passes=plan.passes,
         )
         for slots, cache_tokens in plan.policy_shapes
-        for policy in ("full", *POLICIES)
+        for policy in ("full", *evicting_policies())
     ]
     return found
 

@@ -16,7 +16,7 @@ import pandas as pd
 from kvarena.harness.bench.measure import Case, Variant, now_sec, select
 from kvarena.harness.bench.roofline import POLICY, machine, rated_pass
 from kvarena.harness.bench.sections import Section, chosen, quiet_command, run_sections
-from kvarena.harness.bench.sizes import POLICIES
+from kvarena.harness.bench.sizes import evicting_policies
 from kvarena.harness.bench.speed import prefill
 from kvarena.harness.bench.subjects import Subject, llama_8b, toy
 from kvarena.harness.bench.targets import TARGET_COLUMNS, check
@@ -26,8 +26,6 @@ from kvarena.harness.models.loading import check_device
 from kvarena.harness.registry import build, load_choice
 
 SECTIONS = ("prefill", "roofline", "end_to_end")
-# They look at attention weights, which without a fast way means attention written out.
-WEIGHT_POLICIES = ("h2o", "snapkv", "tova")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,7 @@ def sections(subject: Subject, plan: GpuPlan) -> dict[str, Section]:
 
 def prefills(subject: Subject, plan: GpuPlan) -> list[Variant]:
     """Every policy at every length and budget, and the full cache."""
-    wanted = [(policy, budget) for budget in plan.budgets for policy in POLICIES]
+    wanted = [(policy, budget) for budget in plan.budgets for policy in evicting_policies()]
     return [
         prefill(
             subject,
@@ -110,19 +108,27 @@ def passes(subject: Subject, plan: GpuPlan) -> list[Variant]:
             found.append(
                 rated_pass(subject, policy=POLICY, chunk_tokens=plan.chunk_tokens, **shape)
             )
-            found += [rated_pass(subject, policy=name, **shape) for name in ("full", *POLICIES)]
+            found += [
+                rated_pass(subject, policy=name, **shape) for name in ("full", *evicting_policies())
+            ]
     return found
 
 
 def end_to_end(subject: Subject, plan: GpuPlan) -> list[Variant]:
     """A prompt and its answer at one slot; on CUDA also with decoding steps as CUDA graphs."""
-    written_out = [(policy, "reference") for policy in WEIGHT_POLICIES]
+    # Without a fast way, to look at attention weights means attention written out.
+    written_out = [(policy, "reference") for policy in evicting_policies(see_attention=True)]
     found = [
         _answer(subject, plan, policy, attention)
-        for policy, attention in [*((policy, "sdpa") for policy in POLICIES), *written_out]
+        for policy, attention in [
+            *((policy, "sdpa") for policy in evicting_policies()),
+            *written_out,
+        ]
     ]
     if subject.device.type == "cuda":
-        found += [_answer(subject, plan, policy, "sdpa", graphs=True) for policy in POLICIES]
+        found += [
+            _answer(subject, plan, policy, "sdpa", graphs=True) for policy in evicting_policies()
+        ]
     return found
 
 
@@ -210,7 +216,7 @@ def _figures(measured: pd.DataFrame, plan: GpuPlan) -> Iterator[dict[str, object
     eager = measured[measured["system"] == "kvarena"]
     ours = select(eager, "end_to_end_sec", policy="keydiff", attention="sdpa")
     for attention in ("reference", "sdpa"):
-        for policy in WEIGHT_POLICIES:
+        for policy in evicting_policies(see_attention=True):
             theirs = select(eager, "end_to_end_sec", policy=policy, attention=attention)
             yield check(
                 f"prompt and answer, {policy} with attention={attention} over keydiff",

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from kvarena.harness.bench.measure import Case, Variant, now_sec
-from kvarena.harness.bench.sizes import POLICIES, Plan
+from kvarena.harness.bench.sizes import Plan, evicting_policies
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.bench.timed_passes import full_slots, run_passes
 from kvarena.harness.engine import Batch, attention, layer_cache
@@ -100,7 +100,7 @@ def phases(subject: Subject, plan: Plan) -> list[Variant]:
     return [
         _split(subject, policy, plan, slots, chunk_tokens)
         for slots, chunk_tokens in shapes
-        for policy in ("full", *POLICIES)
+        for policy in ("full", *evicting_policies())
     ]
 
 

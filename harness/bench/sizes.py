@@ -1,9 +1,26 @@
-"""How much the bench measures: every length, width and count in one place, per size of run."""
+"""What the bench measures, and how much: policies, and every length, width and count."""
 
 from dataclasses import dataclass
 
-POLICIES = ("streaming_llm", "keydiff", "l2norm", "tova", "snapkv", "h2o")
-SCORE_FREE = ("streaming_llm", "keydiff", "l2norm")  # need no attention weights
+from kvarena.harness.registry import build, load_choice, ready_policies
+from kvarena.policies.base import Policy
+
+# Measured at every length and width: the cheapest rule there is, and the one that kvpress has.
+CHIEF = ("streaming_llm", "keydiff")
+
+
+def evicting_policies(*, see_attention: bool | None = None) -> list[str]:
+    """Those that evict and need no trained file; of them those that see attention, or do not."""
+    found = {name: build(load_choice("policy", name)) for name in ready_policies()}
+    return [
+        name
+        for name, policy in found.items()
+        if policy.evicts and see_attention in (None, _sees_attention(policy))
+    ]
+
+
+def _sees_attention(policy: Policy) -> bool:
+    return policy.needs.attention_mass or policy.needs.attention_rows > 0
 
 
 @dataclass(frozen=True, kw_only=True)

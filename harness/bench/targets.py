@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from kvarena.harness.bench.measure import select
-from kvarena.harness.bench.sizes import SCORE_FREE, Plan
+from kvarena.harness.bench.sizes import CHIEF, Plan, evicting_policies
 
 _OVER_STREAMING = {"keydiff": 1.03, "snapkv": 1.08, "tova": 1.08, "h2o": 1.15}
 TARGET_COLUMNS = ["figure", "median", "q1", "q3", "bound", "met"]
@@ -48,7 +48,7 @@ def _prefill(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
     def sec(*, system: str = "kvarena", **labels: object) -> pd.Series:
         return select(measured, "ttft_sec", section="prefill", system=system, **labels)
 
-    for policy in SCORE_FREE[:2]:
+    for policy in CHIEF:
         grown = [
             sec(policy=policy, prompt_tokens=length, chunk_tokens=plan.chunk_tokens)
             for length in (long, short)
@@ -61,7 +61,7 @@ def _prefill(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
             at_most=1.1 * long / short,
         )
     whole = sec(system="generate", prompt_tokens=wide)
-    for policy in SCORE_FREE:
+    for policy in evicting_policies(see_attention=False):
         ours = sec(policy=policy, prompt_tokens=wide, chunk_tokens=plan.wide_chunk_tokens)
         yield check(
             f"prefill of {wide} tokens, generate over {policy}, B {plan.wide_chunk_tokens}",
@@ -105,7 +105,7 @@ def _policies(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]
         )
     for slots, cache_tokens in plan.policy_shapes:
         shape = {"slots": slots, "cache_tokens": cache_tokens}
-        for policy in dict.fromkeys([*SCORE_FREE, *_OVER_STREAMING]):
+        for policy in evicting_policies():
             yield check(
                 f"decode step, {policy} over full attention, slots {slots}, cache {cache_tokens}",
                 sec("pass_sec", policy, **shape) / sec("pass_sec", "full", **shape),

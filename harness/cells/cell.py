@@ -1,5 +1,6 @@
 """One cell: the settings of one (task, model, policy, budget, seed), checked, and its samples."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -18,11 +19,11 @@ from kvarena.harness.engine.limits import (
     check_context,
     context_tokens,
 )
-from kvarena.harness.engine.sampling import Sampling
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import ModelSpec, loading
-from kvarena.harness.registry import build, choice_label, one_of
-from kvarena.harness.store.shards import Shard
+from kvarena.harness.registry import build, choice_label, choices, named_class, one_of
+from kvarena.harness.settings import CellSettings, decides_rows
+from kvarena.harness.store.shards import Shard, parse_shard
 from kvarena.policies.base import Policy
 from kvarena.tasks.base import Sample, Task, Tokenizer
 
@@ -39,70 +40,74 @@ class Allowance:
 class Cell:
     """Settings of one cell, checked for what can be checked before a model is loaded.
 
-    config is the resolved configuration, kept for the record. Raises UsageError.
+    settings: those of the command, if it was one, which then are noted in the manifest as well.
+    Raises UsageError.
     """
 
-    task_settings: Mapping[str, Any]
-    policy_settings: Mapping[str, Any]
-    codec_settings: Mapping[str, Any]
-    model: ModelSpec
-    budget: str | int
-    sampling: Sampling
-    question: str
-    seed: int
-    limit: int | None
-    slots: int
-    chunk_tokens: int
-    attention: str
-    device: str
-    dtype: str
-    kv_dtype: str
-    config: Mapping[str, Any]
-    shard: Shard | None = None
+    settings: CellSettings
 
     def __post_init__(self) -> None:
-        for name in ("slots", "chunk_tokens", "limit"):
-            value = getattr(self, name)
+        for name in ("slots", "chunk", "limit"):
+            value = getattr(self.settings, name)
             if value is not None and value < 1:
-                raise UsageError(f"{name.removesuffix('_tokens')} must be >= 1, got {value}")
-        one_of("question", self.question, ["inside", "after", "first"])
+                raise UsageError(f"{name} must be >= 1, got {value}")
+        one_of("question", self.settings.question, ["inside", "after", "first"])
         task = self._unsettled_task
-        if task.is_teacher_forced and not self.sampling.is_greedy:
+        if task.is_teacher_forced and not self.settings.sampling.is_greedy:
             raise UsageError(f"{task.name} forces its answers; leave out sampling.temperature")
         check_budget(self.policy, self.bound.tokens)
-        loading.check_device(self.device)
-        check_attention(self.attention, self.device, self.torch_dtype)
-        assert self.codec_label(), "builds the codec, and so checks its options"
+        loading.check_device(self.settings.device)
+        check_attention(self.settings.attention, self.settings.device, self.torch_dtype)
+        for name in ("codec", "model", "shard"):
+            getattr(self, name)  # made now, so that what is wrong with it is told now
+
+    def _chosen(self, group: str) -> Mapping[str, Any]:
+        chosen = getattr(self.settings, group)
+        if not isinstance(chosen, Mapping):
+            raise UsageError(f"{group} must name a choice: {', '.join(choices(group))}")
+        return chosen
+
+    def _built(self, group: str, base: type) -> Any:  # Any: an instance of base
+        named_class(self._chosen(group).get("_target_"), base)
+        return build(self._chosen(group))
 
     @cached_property
     def _unsettled_task(self) -> Task:
-        return build(self.task_settings)
+        return self._built("task", Task)
 
     @cached_property
     def policy(self) -> Policy:
-        return build(self.policy_settings)
+        return self._built("policy", Policy)
 
     @cached_property
     def codec(self) -> Codec:
         """As asked for; a budget in bytes may settle on a coarser one."""
-        return build(self.codec_settings)
+        return self._built("codec", Codec)
+
+    @cached_property
+    def model(self) -> ModelSpec:
+        return ModelSpec(**self._chosen("model"))
+
+    @cached_property
+    def shard(self) -> Shard | None:
+        return parse_shard(self.settings.shard)
 
     @cached_property
     def bound(self) -> Budget:
         """The budget, or none for a policy that keeps everything."""
-        budget = parse_budget(self.budget)
+        budget = parse_budget(self.settings.budget)
         # Bytes bind a policy that keeps everything through its codec; tokens cannot.
         binds = self.policy.evicts or budget.bytes is not None
         return budget if binds else parse_budget("full")
 
     @cached_property
     def torch_dtype(self) -> torch.dtype:
-        return loading.resolve_dtype(self.dtype, self.device)
+        return loading.resolve_dtype(self.settings.dtype, self.settings.device)
 
     @cached_property
     def torch_kv_dtype(self) -> torch.dtype | None:
         """None for the model's own."""
-        return loading.resolve_kv_dtype(self.kv_dtype)
+        return loading.resolve_kv_dtype(self.settings.kv_dtype)
 
     @property
     def task(self) -> Task:
@@ -136,7 +141,7 @@ class Cell:
     @property
     def policy_label(self) -> str:
         """The name and the options that differ from its yaml: keydiff(anchor=median)."""
-        return choice_label("policy", self.policy_settings)
+        return choice_label("policy", self.settings.policy)
 
     def codec_label(self, used: Codec | None = None) -> str:
         """As policy_label, of the codec asked for or of ``used``, a coarser one of its kind."""
@@ -147,7 +152,7 @@ class Cell:
             for name in options
             if getattr(used, name) != getattr(self.codec, name)
         }
-        return choice_label("codec", {**self.codec_settings, **changed})
+        return choice_label("codec", {**self.settings.codec, **changed})
 
     def method_label(self, used: Codec | None = None) -> str:
         """The policy, and the codec asked for or ``used`` if there is one: keydiff+kivi(bits=2)."""
@@ -156,7 +161,7 @@ class Cell:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides what the rows say; slots, limit and shard do not.
+        """Everything that decides what the rows say: settings as they are or as they are settled.
 
         content: hashes of what the other settings only point to. Raises UsageError if a task's data
         or a model's files are not there.
@@ -165,25 +170,23 @@ class Cell:
             data = self.task.data_fingerprint()
         except ValueError as error:
             raise UsageError(f"{self.task.name}: {error}") from error
+        chosen = [setting.name for setting in fields(CellSettings) if decides_rows(setting)]
         return {
+            **{name: getattr(self.settings, name) for name in chosen},
             "task": {
                 "name": self.task.name,
                 "version": self.task.version,
-                **self.task_settings,
+                **self.settings.task,
                 # In place of auto: so auto and the same number typed are one cell.
                 **self._settled_options,
             },
-            "policy": {"name": self.policy_label, **self.policy_settings},
-            "codec": {"name": self.codec_label(), **self.codec_settings},
+            "policy": {"name": self.policy_label, **self.settings.policy},
+            "codec": {"name": self.codec_label(), **self.settings.codec},
             "engine": ENGINE_VERSION,
             "model": {"name": self.model.name, **vars(self.model)},
             "budget": {"name": self.bound.label},
-            "question": self.question,
-            "sampling": vars(self.sampling),
-            "seed": self.seed,
-            "chunk": self.chunk_tokens,
-            "attention": self.attention,
-            "device": torch.device(self.device).type,
+            "sampling": vars(self.settings.sampling),
+            "device": torch.device(self.settings.device).type,
             "dtype": self.dtype_name,
             "kv_dtype": self.kv_dtype_name,
             "content": {
@@ -207,19 +210,22 @@ class Cell:
     def all_samples(self, tokenizer: Tokenizer, limit: int | None = None) -> Sequence[Sample]:
         """Those of the task, or the first ``limit`` of them. Raises UsageError."""
         try:
-            samples = self.task.samples(tokenizer, self.seed, limit)
+            samples = self.task.samples(tokenizer, self.settings.seed, limit)
         except ValueError as error:
             raise UsageError(f"{self.task.name}: {error}") from error
-        return [question_first(s) for s in samples] if self.question == "first" else samples
+        return (
+            [question_first(s) for s in samples] if self.settings.question == "first" else samples
+        )
 
     def samples(self, tokenizer: Tokenizer) -> Sequence[Sample]:
         """The first ``limit`` samples, each checked against the model's context and the budget."""
-        samples = self.all_samples(tokenizer, self.limit)
+        limit = self.settings.limit
+        samples = self.all_samples(tokenizer, None if limit is None else min(limit, sys.maxsize))
         for sample in samples:
-            if self.question != "inside" and not sample.question_tokens:
+            if self.settings.question != "inside" and not sample.question_tokens:
                 raise UsageError(
-                    f"question={self.question}: task {self.task.name} has no context apart from "
-                    "its question; use question=inside"
+                    f"question={self.settings.question}: task {self.task.name} has no context "
+                    "apart from its question; use question=inside"
                 )
             check_budget(self.policy, self.budget_tokens(sample), self.question_tokens(sample))
         if samples:
@@ -241,9 +247,9 @@ class Cell:
             policy or self.policy,
             codec=codec,
             kv_dtype=kv_dtype or self.torch_kv_dtype,
-            chunk_tokens=self.chunk_tokens,
-            slots=slots or self.slots,
-            attention=self.attention,
+            chunk_tokens=self.settings.chunk,
+            slots=slots or self.settings.slots,
+            attention=self.settings.attention,
         )
 
     def part(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -256,7 +262,7 @@ class Cell:
 
     def question_tokens(self, sample: Sample) -> int:
         """Tokens held back from compression under question=after, else none."""
-        return sample.question_tokens if self.question == "after" else 0
+        return sample.question_tokens if self.settings.question == "after" else 0
 
     def _check_context(self, longest: Sample) -> None:
         limit_tokens = self.context_tokens

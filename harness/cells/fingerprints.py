@@ -9,9 +9,11 @@ import hashlib
 import importlib.util
 import inspect
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from kvarena.codecs.base import Codec
+from kvarena.harness.errors import UsageError
 from kvarena.harness.models import ModelSpec, loading
 from kvarena.policies.base import Policy
 
@@ -23,15 +25,29 @@ _TEXTS = {".json", ".jinja", ".txt", ".model", ".py"}
 def code_fingerprint(chosen: Policy | Codec, base: type) -> str:
     """Of the files that define the class of a policy or codec, and of what they import of kvarena.
 
-    The files that a policy's options name, such as trained weights, count as well.
+    The files that a policy's options name (``file_options``), such as trained weights, count as
+    well. Raises UsageError for one that cannot be read; what to do then says ``if_missing`` in the
+    metadata of the option's field.
     """
     found: set[Path] = set()
     for kind in type(chosen).__mro__[: 1 - len(base.__mro__)]:
         _add_imported(Path(inspect.getfile(kind)), found)
     # By name within kvarena, so that one code has one hash wherever it is installed.
     files = sorted(found, key=lambda path: path.parts[-2:])
-    named = [Path(getattr(chosen, option)) for option in getattr(chosen, "file_options", ())]
-    return _digest(*(path.read_bytes() for path in [*files, *named]))
+    named = [_named_file(chosen, option) for option in getattr(chosen, "file_options", ())]
+    return _digest(*(path.read_bytes() for path in files), *named)
+
+
+def _named_file(chosen: Policy | Codec, option: str) -> bytes:
+    path = getattr(chosen, option)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        (declared,) = (field for field in fields(chosen) if field.name == option)
+        advice = declared.metadata.get("if_missing", "name a file that can be read")
+        raise UsageError(
+            f"{type(chosen).__name__}: {option}: cannot read {path!r} ({error.strerror}); {advice}"
+        ) from error
 
 
 def _add_imported(path: Path, found: set[Path]) -> None:

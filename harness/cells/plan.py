@@ -56,7 +56,7 @@ class Plan:
         return self.evicts and self.num_binding == 0 and self.num_samples > 0
 
 
-def plan_cell(cell: Cell, results_dir: Path, *, fork: bool = False) -> Plan:
+def plan_cell(cell: Cell, results_dir: Path) -> Plan:
     """Raises UsageError for whatever would stop the run before its model loads.
 
     Also notes how many samples were planned, so that ``make status`` can tell what is missing.
@@ -67,12 +67,12 @@ def plan_cell(cell: Cell, results_dir: Path, *, fork: bool = False) -> Plan:
     rows = read_lines(folder.path)
     done = {row["sample_id"] for row in rows if row.get("status") == "ok"}
     left = [sample for sample in samples if sample.id not in done]
-    if not fork and not (folder.path / "manifest.json").exists():
+    if not (folder.path / "manifest.json").exists():
         folder.refuse_drift()
     lengths = [_num_tokens(sample) for sample in samples]
     bounds = [cell.budget_tokens(sample) for sample in samples]
     held = [
-        total if bound is None else min(total, bound + cell.chunk_tokens)
+        total if bound is None else min(total, bound + cell.settings.chunk)
         for total, bound in zip(lengths, bounds, strict=True)
     ]
     item_bytes = (cell.torch_kv_dtype or cell.torch_dtype).itemsize

@@ -7,7 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,10 @@ class Outcome:
     num_failed: int
 
 
-def run_cell(
-    cell: Cell, results_dir: Path, *, fork: bool = False, repair: bool = False, wait: bool = False
-) -> Outcome:
+def run_cell(cell: Cell, results_dir: Path, *, repair: bool = False, wait: bool = False) -> Outcome:
     """Run the shard's samples without an "ok" row. The model loads only if there are any.
 
-    fork, repair, wait: see open, rows and claimed of CellFolder, which raise UsageError without.
+    repair, wait: see rows and claimed of CellFolder, which raise UsageError without.
     """
     folder = CellFolder(results_dir, cell.identity, cell.shard)
     tokenizer = loading.load_tokenizer(cell.model)
@@ -59,7 +57,7 @@ def run_cell(
         if missing:
             template = tokenizer.chat_template
             template_sha256 = template and hashlib.sha256(template.encode()).hexdigest()
-            folder.open(cell.config, fork=fork, chat_template_sha256=template_sha256)
+            folder.open(asdict(cell.settings), chat_template_sha256=template_sha256)
         folder.note_samples(sample.id for sample in all_samples)
         if not missing:
             print(f"{cell.label}: all {len(samples)} samples are there already")
@@ -68,7 +66,7 @@ def run_cell(
         folder.begin(len(all_samples), Counter(str(row.get("status")) for row in counted))
         num_ok = 0
         try:
-            model = _load_once(cell.model, cell.device, cell.dtype)
+            model = _load_once(cell.model, cell.settings.device, cell.settings.dtype)
             in_bytes = cell.bound.bytes is not None
             job = Job(
                 cell=cell,

@@ -71,7 +71,7 @@ class Job:
             max_new_tokens=sample.max_new_tokens,
             budget_tokens=allowed.budget_tokens,
             question_tokens=self.cell.question_tokens(sample),
-            seed=int(content_id(self.cell.seed, sample.id), 16) >> 1,
+            seed=int(content_id(self.cell.settings.seed, sample.id), 16) >> 1,
             stop_token_ids=stops,
             min_new_tokens=int(sample.stop_newline),
         )
@@ -97,7 +97,7 @@ def _answer_rows(job: Job, planned: Sequence[Planned]) -> Iterator[dict[str, Any
     total_tokens = sum(len(request.prompt) + request.answer_tokens for request in requests)
     with TokenProgress(cell.label, total_tokens) as progress:
         for generation in engine.generate(
-            requests, sampling=cell.sampling, as_completed=True, on_pass=progress.advance
+            requests, sampling=cell.settings.sampling, as_completed=True, on_pass=progress.advance
         ):
             sample, allowed = planned[generation.index]
             row = _row(job, sample, allowed, generation, len(planned))
@@ -153,13 +153,13 @@ def settings_of(cell: Cell, sample: Sample, allowed: Allowance) -> dict[str, Any
         "codec": cell.codec_label(allowed.codec),
         "codec_asked": cell.codec_label(),
         "budget": cell.bound.label,
-        "question": cell.question,
-        "chunk": cell.chunk_tokens,
-        "sampling": cell.sampling.label,
+        "question": cell.settings.question,
+        "chunk": cell.settings.chunk,
+        "sampling": cell.settings.sampling.label,
         "dtype": cell.dtype_name,
         "kv_dtype": cell.kv_dtype_name,
-        "device": cell.device,
-        "seed": cell.seed,
+        "device": cell.settings.device,
+        "seed": cell.settings.seed,
         "commit": commit_label(),
         "sample_id": sample.id,
         "document": sample.document or sample.id,
@@ -203,7 +203,7 @@ def _row(
         "ttft_sec": generation.ttft_sec,
         "decode_tokens_per_sec": generation.decode_tokens_per_sec,
         "compressed": _evicted(generation),
-        "slots": min(job.cell.slots, num_samples),
+        "slots": min(job.cell.settings.slots, num_samples),
     }
     if generation.error is not None:
         row |= {"status": "invalid", "error": generation.error}

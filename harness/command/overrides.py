@@ -4,10 +4,11 @@ A mistake in a sweep is told here, before its first cell and without waiting for
 """
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime
-from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
@@ -18,14 +19,59 @@ from omegaconf import OmegaConf
 
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.command.launchers import check_launcher
-from kvarena.harness.command.schema import RunConfig, SamplingConfig
 from kvarena.harness.errors import UsageError
-from kvarena.harness.registry import check_location, choices, one_of, options, unknown
+from kvarena.harness.registry import (
+    check_location,
+    choices,
+    load_choice,
+    one_of,
+    options,
+    ready_policies,
+    unknown,
+)
+from kvarena.harness.sampling import Sampling
+from kvarena.harness.settings import RunSettings
 from kvarena.harness.store.shards import parse_shard
 
 GROUPS = ("task", "policy", "codec", "model", "experiment", "launcher")
+_ALL = "all"  # of policies: those that need no trained file
 _SHELLS = ("bash", "fish", "zsh")
-SETTINGS = (*(setting.name for setting in fields(RunConfig)), "experiment", "launcher", "hydra")
+SETTINGS = (
+    *(setting.name for setting in fields(RunSettings) if setting.name != "sweeps"),
+    *("experiment", "launcher", "hydra"),
+)
+
+
+def prepare_commands(arguments: Sequence[str]) -> list[list[str]]:
+    """What Hydra is to run, one after the other: each experiment by itself, in all its sweeps.
+
+    What is typed counts more than what an experiment's sweeps say. Raises UsageError before
+    anything runs.
+    """
+    given = get_args_parser().parse_intermixed_args(arguments)
+    named = [argument for argument in given.overrides if argument.startswith("experiment=")]
+    if not named:
+        return [prepare_arguments(arguments)]
+    experiment = _parsed(named[-1])
+    _check_choices(experiment, in_sweep=given.multirun)
+    listed = {name: load_choice("experiment", name).get("sweeps") for name in _values(experiment)}
+    if not given.multirun:
+        if any(listed.values()) and not (given.cfg or given.info or given.help):
+            raise UsageError(f"{named[-1]} is a sweep; add --multirun")
+        return [prepare_arguments(arguments)]
+    others = [argument for argument in arguments if argument not in named]
+    typed = {argument.partition("=")[0] for argument in given.overrides}
+    return [
+        prepare_arguments(
+            [
+                *others,
+                f"experiment={name}",
+                *(word for word in shlex.split(sweep) if word.partition("=")[0] not in typed),
+            ]
+        )
+        for name, sweeps in listed.items()
+        for sweep in sweeps or [""]
+    ]
 
 
 def prepare_arguments(arguments: Sequence[str]) -> list[str]:
@@ -48,10 +94,12 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
         _check_completion(given.overrides)
         return list(arguments)
     # argparse takes overrides in one block only: `kvarena budget=64 -m policy=a,b` would fail.
-    prepared = [argument for argument in arguments if argument not in given.overrides]
+    flags = [argument for argument in arguments if argument not in given.overrides]
+    prepared: list[str] = []
     for argument in given.overrides:
         prepared += _prepared(argument, in_sweep=given.multirun)
-    return prepared
+    prepared = [_with_all(argument) for argument in prepared]
+    return [*flags, *_first_choices(prepared), *prepared]
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
@@ -63,7 +111,7 @@ def sweep_dir(arguments: Sequence[str]) -> Path:
     """A folder of this command's own; absolute, since jobs may start in other folders."""
     given = [_parsed(a) for a in get_args_parser().parse_args(arguments).overrides]
     folders = [one.value() for one in given if one.key_or_group == "results_dir"]
-    last = folders[-1] if folders else RunConfig.results_dir
+    last = folders[-1] if folders else RunSettings.results_dir
     results_dir = OmegaConf.create([last])[0]  # with its interpolations resolved
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
     return Path(str(results_dir)).absolute() / "sweeps" / name
@@ -107,12 +155,12 @@ def _prepared(argument: str, *, in_sweep: bool) -> list[str]:
             )
         return _model_at(str(override.value()))
     elif key == "launcher":
-        _check_choices(override)
+        _check_choices(override, in_sweep=in_sweep)
         if override.is_sweep_override():
             raise UsageError("launcher takes one value, for all jobs of the sweep")
         check_launcher(override.value(), in_sweep=in_sweep)
     elif key in GROUPS:
-        _check_choices(override)
+        _check_choices(override, in_sweep=in_sweep)
     elif key == "budget":
         for value in _values(override):
             parse_budget(value)
@@ -121,6 +169,27 @@ def _prepared(argument: str, *, in_sweep: bool) -> list[str]:
             parse_shard(None if value in ("None", "null") else value)
     assert override.input_line is not None, "Hydra notes what it parsed"
     return [override.input_line]
+
+
+def _with_all(argument: str) -> str:
+    """The same; ``policy=all`` names the policies that need no trained file."""
+    if not argument.startswith("policy=") or _ALL not in _values(_parsed(argument)):
+        return argument
+    # Last of all checks, for it asks the classes, and they import torch.
+    names = [ready_policies() if name == _ALL else [name] for name in _values(_parsed(argument))]
+    return f"policy={','.join(dict.fromkeys(chain(*names)))}"
+
+
+def _first_choices(arguments: Sequence[str]) -> list[str]:
+    """``codec=kivi`` for ``codec=kivi,kvcomp codec.window=32``: the first of a swept group.
+
+    Hydra composes once without what is swept, and would not know the option. For its jobs, the
+    sweep counts, which is given after this.
+    """
+    given = [_parsed(argument) for argument in arguments]
+    with_options = {one.key_or_group.partition(".")[0] for one in given if "." in one.key_or_group}
+    swept = [one for one in given if one.is_sweep_override() and one.key_or_group in with_options]
+    return [f"{one.key_or_group}={next(iter(_values(one)))}" for one in swept]
 
 
 def _parsed(argument: str) -> Override:
@@ -143,8 +212,10 @@ def _parsed(argument: str) -> Override:
 
 def _values(override: Override) -> list[str]:
     """The value, or the values of a sweep, as text."""
-    if isinstance(override.value(), Glob):
-        return []
+    value = override.value()
+    if isinstance(value, Glob):
+        group = override.key_or_group
+        return value.filter(choices(group)) if group in GROUPS else []
     if override.is_sweep_override():
         return [str(value).strip("'\"") for value in override.sweep_string_iterator()]
     return [str(override.value())]
@@ -171,19 +242,19 @@ def _check_key(key: str) -> None:
         places.setdefault(option, []).append(
             name if all_have_it else f"{name} ({', '.join(owners)})"
         )
-    for setting in fields(SamplingConfig):
+    for setting in fields(Sampling):
         places.setdefault(setting.name, []).append(f"sampling.{setting.name}")
     raise UsageError(
         unknown("setting", first, SETTINGS, {name: " or ".join(p) for name, p in places.items()})
     )
 
 
-def _check_choices(override: Override) -> None:
+def _check_choices(override: Override, *, in_sweep: bool) -> None:
     group = override.key_or_group
     known = choices(group)
     value = override.value()
     if isinstance(value, Glob):
-        if not any(fnmatch(name, pattern) for name in known for pattern in value.include):
+        if not _values(override):
             raise UsageError(
                 f"{group}: no match for {value.include}. Available: {', '.join(known)}"
             )
@@ -191,12 +262,16 @@ def _check_choices(override: Override) -> None:
     if isinstance(value, list | dict):
         raise UsageError(f"{group} takes a name; several of them with --multirun: {group}=A,B")
     for name in _values(override):
-        if name == "all":
+        if name == _ALL and group == "policy":
+            if not in_sweep:
+                raise UsageError("policy=all is several policies; add --multirun")
+        elif name == _ALL:
             raise UsageError(
-                f"{group}=all is a word of make, and stands alone there; write '{group}=glob(*)' "
-                f"for every one, '{group}=glob(*,exclude=[NAME,NAME])' to leave some out"
+                f"{group}=all: only policies have that word; write '{group}=glob(*)' for every "
+                f"one, '{group}=glob(*,exclude=[NAME,NAME])' to leave some out"
             )
-        one_of(group, name, known)
+        else:
+            one_of(group, name, known)
 
 
 def _check_results_dir(override: Override) -> None:

@@ -12,7 +12,6 @@ import sys
 import traceback
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -24,17 +23,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from kvarena.harness.command.job_outcomes import Failure, Session
-from kvarena.harness.command.overrides import is_sweep, prepare_arguments, quoted, sweep_dir
-from kvarena.harness.command.schema import RunConfig
+from kvarena.harness.command.overrides import is_sweep, prepare_commands, quoted, sweep_dir
 from kvarena.harness.entry import leave_quietly, one_line_errors, place_error
 from kvarena.harness.errors import LockedError, UsageError
-from kvarena.harness.registry import choices, named_class, one_of, options, unknown
-from kvarena.harness.store.shards import parse_shard
+from kvarena.harness.registry import one_of, options, unknown
+from kvarena.harness.settings import RunSettings
 
 _KEY_TYPES = re.compile(r"(full_key: |object_type=|reference_type=)")
-
-if TYPE_CHECKING:
-    from kvarena.harness.cells.cell import Cell
 
 
 def main() -> None:
@@ -43,7 +38,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # It logs --info, and logging prints a traceback for each line that nobody reads.
     logging.raiseExceptions = False
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    register_settings()
     # Schedulers end a job with SIGTERM: an exception lets the cell note where it stopped.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with one_line_errors():
@@ -53,18 +48,28 @@ def main() -> None:
             _command()
 
 
+def register_settings() -> None:
+    """Hydra's root is a RunSettings, which it fills in before the object is frozen."""
+    node = OmegaConf.structured(RunSettings)
+    OmegaConf.set_readonly(node, False)
+    OmegaConf.set_readonly(node.sampling, None)
+    ConfigStore.instance().store(name="run_settings", node=node)
+
+
 def _command() -> None:
     """All cells that were asked for, then what they came to."""
     session = Session()
-    exchange = None  # where jobs in other processes leave what became of them
+    exchanges: list[Path] = []  # where jobs in other processes leave what became of them
     try:
-        arguments = prepare_arguments(sys.argv[1:])
-        if is_sweep(arguments):
-            exchange = sweep_dir(arguments)
-            arguments.append(f"hydra.sweep.dir={quoted(exchange)}")
-            session.results_dir = exchange.parents[1]
-        sys.argv[1:] = arguments
-        _hydra_main(session, exchange)
+        for arguments in prepare_commands(sys.argv[1:]):
+            exchange = None
+            if is_sweep(arguments):
+                exchange = sweep_dir(arguments)
+                exchanges.append(exchange)
+                arguments.append(f"hydra.sweep.dir={quoted(exchange)}")
+                session.results_dir = exchange.parents[1]
+            sys.argv[1:] = arguments
+            _hydra_main(session, exchange)
     except KeyboardInterrupt:
         session.code_when_stopped = 130
     except SystemExit as stop:
@@ -74,7 +79,7 @@ def _command() -> None:
         raise
     except Exception as error:
         session.fail(_failure(error, session.results_dir))
-    if exchange:
+    for exchange in exchanges:
         session.collect(exchange)
     if session.code_when_stopped in (130, 143):
         print(
@@ -97,12 +102,12 @@ def _hydra_main(session: Session, exchange: Path | None) -> None:
     """Run one cell, or a sweep of them, noting what became of each."""
     here, folder = _process(), Path.cwd()
 
-    def job(settings: DictConfig) -> None:
+    def job(composed: DictConfig) -> None:
         is_here = _process() == here
         noted = session if is_here else Session()
         os.chdir(folder)  # a cluster's workers start anywhere
         try:
-            _run(settings, noted)
+            _run(composed, noted)
         except BrokenPipeError:  # nobody reads on; as an exit, no further job begins
             leave_quietly()
         except Exception as error:  # not handed on: of several, Hydra tells the first one alone
@@ -119,74 +124,30 @@ def _process() -> tuple[str, int]:
     return os.uname().nodename, os.getpid()
 
 
-def _run(settings: DictConfig, session: Session) -> None:
+def _run(composed: DictConfig, session: Session) -> None:
     """One cell, or its plan."""
     # Imported here: torch takes seconds, and --help or a typo should not wait for it.
+    from kvarena.harness.cells.cell import Cell
     from kvarena.harness.cells.plan import plan_cell
     from kvarena.harness.cells.run_cell import run_cell
     from kvarena.harness.report.trackers import check_tracker, track_cell
 
-    config: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
-    one_of("mode", config["mode"], ["run", "plan"])
-    one_of("drift", config["drift"], ["refuse", "fork"])
-    check_tracker(config["tracker"])
-    session.allow_partial = config["allow_partial"]
-    session.results_dir = Path(config["results_dir"])
-    cell = _cell(config)
-    if config["mode"] == "plan":
-        plan = plan_cell(cell, session.results_dir, fork=config["drift"] == "fork")
-        session.plans.append(plan)
+    settings = OmegaConf.to_object(composed)
+    assert isinstance(settings, RunSettings), "main says so to Hydra"
+    one_of("mode", settings.mode, ["run", "plan"])
+    check_tracker(settings.tracker)
+    session.allow_partial = settings.allow_partial
+    session.results_dir = Path(settings.results_dir)
+    cell = Cell(settings=settings)
+    if settings.mode == "plan":
+        session.plans.append(plan_cell(cell, session.results_dir))
         return
     # In a sweep two jobs may be one cell (full has no budget): the second waits and finds it done.
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    outcome = run_cell(
-        cell,
-        session.results_dir,
-        fork=config["drift"] == "fork",
-        repair=config["repair"],
-        wait=in_sweep,
-    )
+    outcome = run_cell(cell, session.results_dir, repair=settings.repair, wait=in_sweep)
     session.outcomes.append(outcome)
     if outcome.num_new:
-        track_cell(config["tracker"], outcome.path)
-
-
-def _cell(config: dict[str, Any]) -> "Cell":
-    from kvarena.codecs.base import Codec
-    from kvarena.harness.cells.cell import Cell
-    from kvarena.harness.engine.sampling import Sampling
-    from kvarena.harness.models import ModelSpec
-    from kvarena.policies.base import Policy
-    from kvarena.tasks.base import Task
-
-    for group in ("task", "policy", "codec", "model"):
-        if not isinstance(config[group], dict):
-            raise UsageError(f"{group} must name a choice: {', '.join(choices(group))}")
-    for group, base in (("task", Task), ("policy", Policy), ("codec", Codec)):
-        named_class(config[group].get("_target_"), base)
-    try:
-        sampling = Sampling(**config["sampling"])
-    except ValueError as error:
-        raise UsageError(f"sampling: {error}") from error
-    return Cell(
-        task_settings=config["task"],
-        policy_settings=config["policy"],
-        codec_settings=config["codec"],
-        model=ModelSpec(**config["model"]),
-        budget=config["budget"],
-        sampling=sampling,
-        question=config["question"],
-        seed=config["seed"],
-        limit=config["limit"] and min(config["limit"], sys.maxsize),
-        shard=parse_shard(config["shard"]),
-        slots=config["slots"],
-        chunk_tokens=config["chunk"],
-        attention=config["attention"],
-        device=config["device"],
-        dtype=config["dtype"],
-        kv_dtype=config["kv_dtype"],
-        config=config,
-    )
+        track_cell(settings.tracker, outcome.path)
 
 
 def _failure(error: Exception, results_dir: Path) -> Failure:

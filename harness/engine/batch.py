@@ -20,8 +20,9 @@ from kvarena.harness.engine.layer_cache import LayerCache
 from kvarena.harness.engine.packing import Portion, Run, pack_runs
 from kvarena.harness.engine.request import Request
 from kvarena.harness.engine.rotary import KeyRotator
-from kvarena.harness.engine.sampling import Sampling
+from kvarena.harness.engine.sampling import choose
 from kvarena.harness.errors import UsageError
+from kvarena.harness.sampling import Sampling
 from kvarena.policies.base import Policy
 
 
@@ -189,7 +190,7 @@ class Batch:
             if len(active.token_ids) < active.request.min_new_tokens:
                 assert active.request.stop_token_ids is not None, "settled"
                 row[list(active.request.stop_token_ids)] = float("-inf")
-        chosen = self._sampling.choose(logits, [active.generator for active in deciding])
+        chosen = choose(self._sampling, logits, [active.generator for active in deciding])
         now_sec = perf_counter()
         for active, token_id, is_broken in zip(deciding, chosen, broken.tolist(), strict=True):
             if is_broken:

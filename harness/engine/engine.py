@@ -22,8 +22,8 @@ from kvarena.harness.engine.generation import Generation, in_order
 from kvarena.harness.engine.limits import check_architecture, check_attention, check_budget
 from kvarena.harness.engine.request import Request, settled
 from kvarena.harness.engine.rotary import KeyRotator
-from kvarena.harness.engine.sampling import Sampling
 from kvarena.harness.errors import UsageError
+from kvarena.harness.sampling import Sampling
 from kvarena.policies.base import Policy
 
 # Raised whenever a kept position, a token or a counted byte could change: it is part of a cell's

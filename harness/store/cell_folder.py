@@ -62,12 +62,12 @@ class CellFolder:
         self._status: dict[str, Any] = {}
         self._status_written = 0.0
 
-    def open(self, config: Mapping[str, Any], *, fork: bool = False, **notes: str | None) -> None:
+    def open(self, config: Mapping[str, Any], **notes: str | None) -> None:
         """Make the folder and its manifest unless they exist.
 
         config, notes: the resolved configuration of this command and more for the record.
         Raises UsageError with the fields that differ if a cell of the same settings was begun with
-        other contents (data, model files, policy code); ``fork`` begins a cell of its own instead.
+        other contents (data, model files, policy code).
         """
         manifest_path = self.path / "manifest.json"
         if manifest_path.exists():
@@ -75,8 +75,7 @@ class CellFolder:
             if found != self.identity:
                 raise UsageError(f"{manifest_path} was changed: {_changes(found, self.identity)}")
             return
-        if not fork:
-            self.refuse_drift()
+        self.refuse_drift()
         manifest = {"run_id": self.run_id, "identity": self.identity, "config": config, **notes}
         text = json.dumps({**manifest, **provenance()}, indent=2, default=str)
         with replacing(manifest_path) as path:
@@ -91,8 +90,8 @@ class CellFolder:
             if {**found, "content": None} == {**self.identity, "content": None}:
                 raise UsageError(
                     f"{manifest_path.parent} was begun with the same settings but other contents: "
-                    f"{_changes(found, self.identity)}; restore them, choose another results_dir, "
-                    "or add drift=fork to keep both apart"
+                    f"{_changes(found, self.identity)}; restore them, or choose another "
+                    "results_dir for the new ones"
                 )
 
     @contextmanager

@@ -32,7 +32,7 @@ from kvarena.harness.entry import on_folder
 from kvarena.harness.files import replacing
 from kvarena.harness.models import load_model
 from kvarena.harness.provenance import provenance
-from kvarena.harness.registry import build, choices, load_choice
+from kvarena.harness.registry import build, load_choice, ready_policies
 from kvarena.harness.studies.key_geometry import KeyProbe, agreement
 from kvarena.tasks.base import Sample, Tokenizer
 from kvarena.tasks.needle import Needle
@@ -138,14 +138,11 @@ def record(
 
 
 def evicting_policies() -> list[str]:
-    """Names of all policies but those that keep everything, and those whose heads must be trained.
+    """Names of all policies but those that keep everything, and those that need a trained file.
 
     The study must not depend on which trained files a place happens to have.
     """
-    settings = {name: load_choice("policy", name) for name in choices("policy")}
-    return [
-        name for name, found in settings.items() if "heads" not in found and build(found).evicts
-    ]
+    return [name for name in ready_policies() if build(load_choice("policy", name)).evicts]
 
 
 def probe(model: PreTrainedModel, sample: Sample, window: int) -> tuple[list[int], pd.DataFrame]:
