@@ -70,7 +70,7 @@ class Runs:
         settings |= SMALL.get(name, {}) | (task or {})
         if name == "fidelity":
             settings["options"] = {**settings["options"], "haystack": str(self.folder / "hay")}
-        cell = toy_cell(self.folder, **({"task_settings": settings, "limit": 2} | changes))
+        cell = toy_cell(self.folder, **({"task": settings, "limit": 2} | changes))
         path = run_cell(cell, self.results).path
         self.note(name, path)
         return path
