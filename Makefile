@@ -19,6 +19,9 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #
 #= POLICY     policy=VALUE              policy names from `make list`; all: every one without training; glob(*): really all
 #= BUDGET     budget=VALUE              most tokens a KV head keeps: 512, 2k, 25% (of the prompt) or full
+#= SHAPE      shape=VALUE               how layers and heads share the budget: uniform, pyramid, ada, global
+#= PROTECT    protect=VALUE             tokens that stay whatever their score: paper, none, or first+newest like 4+64
+#= EVICT_EVERY evict_every=VALUE        answer tokens between two evictions, 1 if not given
 #= CODEC      codec=VALUE               how kept tokens are stored: none, kivi, zipcache, kvcomp
 #= MODEL      model=VALUE               model name from `make list`
 #= LENGTHS    task.lengths=[VALUE]      prompt lengths in tokens, run together as one task: 1000,2000
@@ -116,7 +119,7 @@ help: ## this page
 	@$(foreach name,$(KNOWN),VALUE_$(name)='$(value $(name))') $(PYTHON) .ci/help.py $(THIS) $(UNREAD)
 setup: .venv/.stamp ## install everything into .venv; every other target does this when needed
 	@echo 'kvarena is installed in .venv; now try: make demo'
-list: .venv/.stamp ## names of the policies, codecs, tasks and models
+list: .venv/.stamp ## names of the policies, shapes, codecs, tasks and models
 	@$(MODULE).registry $(UNREAD)
 
 ##@ Benchmarks
@@ -198,7 +201,7 @@ check-policy: .venv/.stamp ## does POLICY keep what the engine relies on: ten se
 # follow that mapping, so it gets a folder of links that looks like the package.
 check: .venv/.stamp ## ruff, formatting, types, and who imports whom
 	@rm -rf .types && mkdir -p .types/kvarena
-	@for folder in harness policies codecs tasks; do ln -s ../../$$folder .types/kvarena/$$folder; done
+	@for folder in harness policies shapes codecs tasks; do ln -s ../../$$folder .types/kvarena/$$folder; done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy -p kvarena
@@ -214,7 +217,7 @@ lock: .venv/.stamp ## write the versions installed in .venv to constraints.txt
 	@.venv/bin/python .ci/install.py --lock
 clean: ## remove .venv and caches; results stay
 	rm -rf .venv .types .mypy_cache .ruff_cache .pytest_cache .hypothesis build kvarena.egg-info
-	@find harness policies codecs tasks conf tests -name __pycache__ -type d -prune \
+	@find harness policies shapes codecs tasks conf tests -name __pycache__ -type d -prune \
 	  -exec rm -rf {} + 2>/dev/null || true
 clean-results: ## remove what runs wrote under results/ (only with CONFIRM=1)
 	@test '$(CONFIRM)' = 1 || { echo 'This deletes every measurement in results/ (runs, sweeps, tables,' \

@@ -1,6 +1,6 @@
 """What there is to choose from: a directory is the registry, one yaml per choice.
 
-``python -m kvarena.harness.registry`` lists policies, codecs, tasks and models.
+``python -m kvarena.harness.registry`` lists policies, shapes, codecs, tasks and models.
 """
 
 import difflib
@@ -30,9 +30,9 @@ def choices(group: str) -> list[str]:
 
 
 def options() -> dict[str, list[str]]:
-    """Every option of a task, policy or codec (task.data), and the choices that have it."""
+    """Every option of a task, policy, shape or codec (task.data), and the choices that have it."""
     found: dict[str, list[str]] = {}
-    for group in ("task", "policy", "codec"):
+    for group in ("task", "policy", "shape", "codec"):
         for name in choices(group):
             for option in load_choice(group, name).keys() - {"_target_"}:
                 found.setdefault(f"{group}.{option}", []).append(name)
@@ -153,7 +153,7 @@ def check_location(source: str) -> None:
 def main() -> None:
     """Print every choice of the four groups with the first line of its module's docstring."""
     with one_line_errors():
-        for group in ("policy", "codec", "task", "model"):
+        for group in ("policy", "shape", "codec", "task", "model"):
             print(f"{group}=")
             for name in choices(group):
                 print(f"  {name:<32} {_about(load_choice(group, name))}")

@@ -21,18 +21,21 @@ def decides_rows(setting: Field) -> bool:
 class CellSettings:
     """Of one cell. Each tells cells apart, a new one too, but for those of _SAME_ROWS.
 
-    task, policy, codec, model: mappings, defined by their yaml and checked by their class; Any as
-    well for what may be written in several ways.
+    task, policy, shape, codec, model: mappings, defined by their yaml and checked by their class;
+    Any as well for what may be written in several ways.
     """
 
     task: Any
     policy: Any
+    shape: Any
     codec: Any
     model: Any
     # most tokens of a KV head: 512 | 2k (2048) | 25% of the prompt; 12MB (bytes) | full
     budget: Any = 512
     # inside the compressed prompt | after: the context is compressed alone | first: before it too
     question: str = "inside"
+    protect: str = "paper"  # paper: as the policy has it | none | 4+64: first and newest tokens
+    evict_every: int = 1  # answer tokens between two evictions of a sample
     limit: int | None = field(default=None, metadata=_SAME_ROWS)  # first so many samples; None: all
     # 3/8: the third of eight parts of the samples, for several machines
     shard: Any = field(default=None, metadata=_SAME_ROWS)

@@ -49,7 +49,7 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class NewTokens:
-    """The Q tokens of this pass, as the layer projected them, before rotary positions.
+    """The Q tokens of this pass in all heads of the layer, as projected, before rotary positions.
 
     queries: [S, H, Q, D]; keys, values: [S, K, Q, D]; all in the model's dtype.
     """
@@ -77,6 +77,9 @@ class LayerView:
     new: NewTokens | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # [S, K, T] float32, writable
     text_tokens: int | None = None  # of the longest text so far; above all positions
+    num_recent: int = 0  # newest tokens that are protected in this eviction
+    # Which KV heads of the layer the K are: all, or one where heads hold different numbers.
+    kv_heads: slice = field(default_factory=lambda: slice(None))
 
     @property
     def keys(self) -> Tensor:

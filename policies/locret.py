@@ -76,7 +76,8 @@ class Locret(Policy):
         num_kv_heads, num_new = view.new.keys.shape[1:3]
         w1, w2 = self._head(view.layer, features, num_kv_heads)
         scores = view.columns["retaining_score"]
-        scores[..., -num_new:] = retaining_scores(features, w1, w2).transpose(-1, -2)
+        of_all_heads = retaining_scores(features, w1, w2).transpose(-1, -2)
+        scores[..., -num_new:] = of_all_heads[:, view.kv_heads]
         return scores
 
     @cached_property

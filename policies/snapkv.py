@@ -54,7 +54,8 @@ class SnapKV(Policy):
         ranks = view.text_ranks
         places = ranks.unsqueeze(2).expand_as(votes)  # in the order of the text
         votes = torch.empty_like(votes).scatter_(-1, places, votes).flatten(1, 2)  # [S, H, T]
-        votes[..., -self.window :] = 0  # the window is kept anyway and must not lift its neighbours
+        # The window is kept anyway, where it is protected, and must not lift its neighbours.
+        votes[..., T - min(self.window, view.num_recent) :] = 0
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
         pooled = pool(votes, self.kernel, stride=1, padding=self.kernel // 2)
         return pooled.view(S, K, -1, T).mean(dim=2).gather(-1, ranks)

@@ -5,7 +5,8 @@ of a layer keep the same tokens.
 Paper: "Transformers are Multi-State RNNs", https://arxiv.org/abs/2401.06104.
 
 Differs from the paper: a prompt is processed in chunks, so the last query of each chunk decides
-(the paper decides once per token).
+(the paper decides once per token). Under a shape that lets heads differ, each KV head goes by its
+own query heads.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvarena.harness.budget import parse_budget
-from kvarena.harness.engine.request import check_budget
+from kvarena.harness.engine.eviction import Eviction
 from kvarena.harness.errors import UsageError
 from kvarena.policies.base import Policy
 from kvarena.policies.h2o import H2O
@@ -105,10 +105,10 @@ def test_a_share_that_protection_fills_is_refused_and_not_raised(
 ) -> None:
     tokens = parse_budget(f"{percent}%").for_prompt(prompt_tokens)
     if tokens > protected(policy, tokens):
-        check_budget(policy, tokens)
+        Eviction(policy=policy, num_layers=1).check(tokens)
     else:
         with pytest.raises(UsageError, match="leaves nothing to choose"):
-            check_budget(policy, tokens)
+            Eviction(policy=policy, num_layers=1).check(tokens)
 
 
 @no_deadline

@@ -114,7 +114,7 @@ def test_every_policy_runs_with_every_codec_within_budget(
     for generation in generations:
         assert len(generation.token_ids) == NEW_TOKENS
         assert generation.finish_reason == "length"
-        if batch.policy.evicts:
+        if batch.eviction.policy.evicts:
             assert generation.kept_tokens <= 64
 
 

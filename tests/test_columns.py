@@ -101,6 +101,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         for codec in choices("codec"):
             runs.run("needle", policy="full", codec=codec, budget="full")
         runs.run("needle", codec="kivi", budget="200kB")
+        for shape in choices("shape"):
+            runs.run("needle", shape=shape, protect="4+8", evict_every=4)
         runs.run("needle", budget="25%", seed=1, kv_dtype="float16")
         with pytest.MonkeyPatch.context() as broken:
             broken.setattr(Cell, "engine", _raises(MemoryError("full")))

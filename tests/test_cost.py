@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from kvarena.harness.engine import attention
 from kvarena.harness.engine.attention import AttentionSpec
+from kvarena.harness.engine.eviction import Eviction, Limit
 from kvarena.harness.engine.forward_pass import ForwardPass
 from kvarena.harness.engine.layer_cache import LayerCache
-from kvarena.harness.engine.packing import Run
+from kvarena.harness.engine.packing import Cohort
 from kvarena.harness.registry import build, load_choice, ready_policies
 from kvarena.policies.base import LayerView, NewTokens, Policy
 
@@ -166,20 +167,26 @@ def test_eviction_writes_no_more_tokens_than_it_drops(num_evicted: int) -> None:
 
 def attend(policy: Policy, cache: LayerCache, num_new: int) -> Written:
     """One layer of a pass with ``num_new`` tokens per sequence that evicts as many."""
-    run = Run(
+    cohort = Cohort(
         slots=slice(0, S),
         row=slice(0, S * num_new),
         num_new=num_new,
-        limit_tokens=KEPT,
+        limit=Limit(shared_tokens=KEPT),
+        mean_tokens=KEPT + num_new,
         positions=torch.arange(KEPT, KEPT + num_new).expand(S, -1),
         text_tokens=KEPT + num_new,
     )
-    forward = ForwardPass(runs=[run], layers=[cache], policy=policy, attention="sdpa")
+    forward = ForwardPass(
+        cohorts=[cohort],
+        layers=[cache],
+        eviction=Eviction(policy=policy, num_layers=1),
+        attention="sdpa",
+    )
     total = S * num_new
     query, key = torch.randn(1, H, total, D), torch.randn(1, K, total, D)
     module: Any = SimpleNamespace(layer_idx=0)
-    run.causal_mask(KEPT + num_new)  # once per pass, not per layer
-    assert run.next_position is not None
+    cohort.causal_mask(KEPT + num_new)  # once per pass, not per layer
+    assert cohort.next_position is not None
     return written_by(lambda: forward.attend(module, query, key, key.clone(), SPEC))
 
 

@@ -31,17 +31,17 @@ class Replays:
         # Inside a graph positions count up as tensors only, so no number of the host may matter:
         # this one would be out of bounds of whatever it sized.
         def fixed(active: ActiveRequest) -> SimpleNamespace:
-            limit = active.limit_after(1)
-            return SimpleNamespace(num_seen=2**40, limit_after=lambda _: limit)
+            limit = active.limit_after(1, 1)
+            return SimpleNamespace(num_seen=2**40, limit_after=lambda *_: limit)
 
         self._portions = [Portion(slot, fixed(active), tokens) for slot, active, tokens in portions]
         self._batch, self._step, self._rows_wanted = batch, step, rows_wanted
 
     def replay(self) -> None:
         fixed = self._step.inputs, self._portions, self._rows_wanted
-        logits, runs = Batch._forward(self._batch, *fixed)
+        logits, cohorts = Batch._forward(self._batch, *fixed)
         self._step.logits.copy_(logits)
-        self._step.runs[:] = runs
+        self._step.cohorts[:] = cohorts
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[list]:
             step = record(batch, kind, inputs, portions, rows_wanted)
         else:
             logits = torch.empty(len(portions), VOCAB)
-            step = _Recorded(kind=kind, graph=None, inputs=inputs.clone(), logits=logits, runs=[])
+            step = _Recorded(
+                kind=kind, graph=None, inputs=inputs.clone(), logits=logits, cohorts=[]
+            )
             object.__setattr__(step, "graph", Replays(batch, portions, step, rows_wanted))
         replay = step.graph.replay
         counted = SimpleNamespace(replay=lambda: (kinds.append(kind), replay()))

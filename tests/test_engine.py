@@ -38,10 +38,10 @@ def test_no_layer_ever_holds_more_than_budget_and_chunk(
     budget, chunk, most_held = 48, 16, []
     append = LayerCache.append
 
-    def spy(cache: LayerCache, *rest: object) -> int:
-        most_held.append(append(cache, *rest))
+    def spy(cache: LayerCache, slots: slice, *rest: object) -> None:
+        append(cache, slots, *rest)
+        most_held.append(cache.num_tokens(slots))
         assert cache.keys.shape[2] == cache.values.shape[2] == budget + chunk
-        return most_held[-1]
 
     monkeypatch.setattr(LayerCache, "append", spy)
     engine = Engine(

@@ -464,6 +464,7 @@ def toy_cell(files: tuple[Path, Path], policy: str = "keydiff", **changes: Any) 
     task = {**load_choice("task", "fidelity"), "options": options, "max_tokens": 6}
     settings: dict[str, Any] = {
         "policy": load_choice("policy", policy),
+        "shape": load_choice("shape", "uniform"),
         "codec": load_choice("codec", "none"),
         "model": {"name": "toy", "source": str(files[0])},
         "budget": 64,

@@ -34,6 +34,7 @@ def view_of(policy: Policy, seed: int = 0, layer: int = 5) -> LayerView:
         positions=order.view(S, K, T),
         attention=attention if rows else None,
         attention_mass=torch.rand(S, K, T, generator=generator),
+        num_recent=policy.num_recent(T // 2),
         new=NewTokens(
             queries=torch.randn(S, K * G, T, D, generator=generator),
             keys=torch.randn(S, K, T, D, generator=generator),
@@ -192,6 +193,7 @@ def test_snapkv_window_does_not_lift_its_neighbours() -> None:
         stored_values=view.stored_values,
         positions=view.positions,
         attention=in_window.expand(-1, -1, 4, -1),
+        num_recent=4,
     )
     assert policy.score(only_window).abs().max() == 0
 

@@ -17,11 +17,13 @@ from kvarena.harness.studies.reference import REPOSITORY
 from toy_folder import save_haystack, save_model_folder, toy_cell, toy_overrides
 
 SAME_ROWS = {"limit", "shard", "slots"}
-GROUPS = {"task", "policy", "codec", "model"}
+GROUPS = {"task", "policy", "shape", "codec", "model"}
 # Another value of every plain setting, as it would be typed.
 OTHERS = {
     "budget": "96",
     "question": "after",
+    "protect": "4+8",
+    "evict_every": "4",
     "limit": "1",
     "shard": "1/1",
     "seed": "3",

@@ -57,7 +57,11 @@ Choice = str | dict[str, Any]  # a name, or the settings themselves
 
 
 def toy_cell(
-    folder: Path, policy: Choice = "keydiff", codec: Choice = "none", **changes: Any
+    folder: Path,
+    policy: Choice = "keydiff",
+    codec: Choice = "none",
+    shape: Choice = "uniform",
+    **changes: Any,
 ) -> Cell:
     """Two needles for the model and haystack saved below ``folder`` as "toy" and "hay".
 
@@ -68,6 +72,7 @@ def toy_cell(
         "task": load_choice("task", "needle") | task | {"max_new_tokens": 6},
         "policy": load_choice("policy", policy) if isinstance(policy, str) else policy,
         "codec": load_choice("codec", codec) if isinstance(codec, str) else codec,
+        "shape": load_choice("shape", shape) if isinstance(shape, str) else shape,
         "model": {"name": "toy", "source": str(folder / "toy")},
         "budget": "64",
         "slots": 2,

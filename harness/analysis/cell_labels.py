@@ -12,7 +12,13 @@ from typing import Any
 from kvarena.harness.store.cell_folder import flat
 from kvarena.tasks.base import content_id
 
-_OWN_COLUMNS = ("policy.", "codec.", "budget.", "content.policy", "content.codec")
+_METHOD = ("policy", "shape", "codec")  # what a policy's label stands for
+_OWN_COLUMNS = (
+    *(f"{kind}." for kind in (*_METHOD, "budget")),
+    *(f"content.{kind}" for kind in _METHOD),
+    "protect",
+    "evict_every",
+)
 _REPEATS = ("seed",)  # several seeds of a cell are repeats of it
 _LONGEST_VALUE = 24
 
@@ -71,7 +77,7 @@ def policy_labels(
         _method(identity, used) for identity, used in zip(identities, codecs_used, strict=True)
     ]
     versions = [
-        content_id(*[part for kind in ("policy", "codec") for part in _definition(identity, kind)])
+        content_id(*[part for kind in _METHOD for part in _definition(identity, kind)])
         for identity in identities
     ]
     several = {

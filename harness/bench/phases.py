@@ -81,7 +81,7 @@ def clocks(batch: Batch) -> Iterator[PhaseClock]:
     clock = PhaseClock(batch.device)
     points = (
         *FUNCTIONS,
-        ("score", batch.policy, "score"),
+        ("score", batch.eviction.policy, "score"),
         ("model", batch.model, "forward"),
         ("bookkeeping", batch, "step"),
     )

@@ -7,24 +7,26 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvarena.codecs.base import Codec
 from kvarena.harness.budget import Budget, parse_budget
 from kvarena.harness.cells.fingerprints import code_fingerprint, model_fingerprint
 from kvarena.harness.engine import ENGINE_VERSION, Engine
+from kvarena.harness.engine.eviction import Eviction
 from kvarena.harness.engine.limits import (
     check_attention,
-    check_budget,
     check_context,
     context_tokens,
 )
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import ModelSpec, loading
+from kvarena.harness.protection import Protection
 from kvarena.harness.registry import build, choice_label, choices, named_class, one_of
 from kvarena.harness.settings import CellSettings, decides_rows
 from kvarena.harness.store.shards import Shard, parse_shard
 from kvarena.policies.base import Policy
+from kvarena.shapes.base import Shape
 from kvarena.tasks.base import Sample, Task, Tokenizer
 
 
@@ -55,7 +57,8 @@ class Cell:
         task = self._unsettled_task
         if task.is_teacher_forced and not self.settings.sampling.is_greedy:
             raise UsageError(f"{task.name} forces its answers; leave out sampling.temperature")
-        check_budget(self.policy, self.bound.tokens)
+        # Of how many layers nobody knows yet; samples() asks once more.
+        self.eviction(num_layers=1).check(self.bound.tokens)
         loading.check_device(self.settings.device)
         check_attention(self.settings.attention, self.settings.device, self.torch_dtype)
         for name in ("codec", "model", "shard"):
@@ -78,6 +81,31 @@ class Cell:
     @cached_property
     def policy(self) -> Policy:
         return self._built("policy", Policy)
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self._built("shape", Shape)
+
+    @cached_property
+    def protection(self) -> Protection:
+        """As asked for, or the policy's own for one that keeps everything, which needs none."""
+        asked = Protection.parse(self.settings.protect)
+        return asked if self.policy.evicts else Protection()
+
+    @cached_property
+    def evict_every(self) -> int:
+        """As asked for, or 1 for a policy that keeps everything."""
+        return self.settings.evict_every if self.policy.evicts else 1
+
+    def eviction(self, num_layers: int) -> Eviction:
+        """What decides which tokens stay. Raises UsageError for what does not go together."""
+        return Eviction(
+            policy=self.policy,
+            num_layers=num_layers,
+            shape=self.shape,
+            protection=self.protection,
+            every=self.evict_every,
+        )
 
     @cached_property
     def codec(self) -> Codec:
@@ -130,7 +158,16 @@ class Cell:
     @cached_property
     def context_tokens(self) -> int | None:
         """Most tokens of prompt and answer that the model handles; None if it states no limit."""
-        return context_tokens(loading.load_config(self.model))
+        return context_tokens(self._config)
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return int(self._config.num_hidden_layers)
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        return loading.load_config(self.model).get_text_config()
 
     @property
     def label(self) -> str:
@@ -140,8 +177,29 @@ class Cell:
 
     @property
     def policy_label(self) -> str:
-        """The name and the options that differ from its yaml: keydiff(anchor=median)."""
-        return choice_label("policy", self.settings.policy)
+        """The name and what differs from the defaults: keydiff(anchor=median,shape=ada)."""
+        label = choice_label("policy", self.settings.policy)
+        name, _, options = label.removesuffix(")").partition("(")
+        around = {
+            "shape": self.shape_label.replace("(", "[").replace(")", "]"),
+            "protect": str(self.protection),
+            "evict_every": self.evict_every,
+        }
+        usual = {"shape": "uniform", "protect": "paper", "evict_every": 1}
+        changed = [f"{key}={value}" for key, value in around.items() if value != usual[key]]
+        parts = ([options] if options else []) + changed
+        return f"{name}({','.join(parts)})" if parts else name
+
+    @property
+    def shape_label(self) -> str:
+        """As choice_label: ada(alpha=0.5)."""
+        return choice_label("shape", self.settings.shape)
+
+    def protected_tokens(self, sample_budget: int | None) -> int | None:
+        """First and newest tokens that stay whatever their score; None where nothing goes."""
+        if sample_budget is None or not self.policy.evicts:
+            return None
+        return self.eviction(self.num_layers).protected_tokens(sample_budget)
 
     def codec_label(self, used: Codec | None = None) -> str:
         """As policy_label, of the codec asked for or of ``used``, a coarser one of its kind."""
@@ -182,6 +240,9 @@ class Cell:
             },
             "policy": {"name": self.policy_label, **self.settings.policy},
             "codec": {"name": self.codec_label(), **self.settings.codec},
+            "shape": {"name": self.shape_label, **self.settings.shape},
+            "protect": str(self.protection),
+            "evict_every": self.evict_every,
             "engine": ENGINE_VERSION,
             "model": {"name": self.model.name, **vars(self.model)},
             "budget": {"name": self.bound.label},
@@ -193,6 +254,7 @@ class Cell:
                 "data": data,
                 "model": model_fingerprint(self.model),
                 "policy": code_fingerprint(self.policy, Policy),
+                "shape": code_fingerprint(self.shape, Shape),
                 "codec": code_fingerprint(self.codec, Codec),
             },
         }
@@ -221,13 +283,14 @@ class Cell:
         """The first ``limit`` samples, each checked against the model's context and the budget."""
         limit = self.settings.limit
         samples = self.all_samples(tokenizer, None if limit is None else min(limit, sys.maxsize))
+        eviction = self.eviction(self.num_layers)
         for sample in samples:
             if self.settings.question != "inside" and not sample.question_tokens:
                 raise UsageError(
                     f"question={self.settings.question}: task {self.task.name} has no context "
                     "apart from its question; use question=inside"
                 )
-            check_budget(self.policy, self.budget_tokens(sample), self.question_tokens(sample))
+            eviction.check(self.budget_tokens(sample), self.question_tokens(sample))
         if samples:
             self._check_context(max(samples, key=total_tokens))
         return samples
@@ -242,9 +305,13 @@ class Cell:
         kv_dtype: torch.dtype | None = None,
     ) -> Engine:
         """An engine as the cell asks for it, but for what is given here."""
+        own = policy is None  # another policy, such as a full reference, goes without the rest
         return Engine(
             model,
             policy or self.policy,
+            shape=self.shape if own else None,
+            protection=self.protection if own else None,
+            evict_every=self.evict_every if own else 1,
             codec=codec,
             kv_dtype=kv_dtype or self.torch_kv_dtype,
             chunk_tokens=self.settings.chunk,

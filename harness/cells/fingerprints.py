@@ -1,4 +1,4 @@
-"""Short hashes of what settings only point to: code of a policy or codec, files of a model.
+"""Short hashes of what settings only point to: code of a policy, codec or shape, files of a model.
 
 They are part of a cell's identity, so an edited policy or a retrained model in the same folder can
 never find the rows of the old one.
@@ -16,14 +16,15 @@ from kvarena.codecs.base import Codec
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import ModelSpec, loading
 from kvarena.policies.base import Policy
+from kvarena.shapes.base import Shape
 
 _SAMPLED_BYTES, _NUM_SAMPLED = 65536, 16
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".gguf"}
 _TEXTS = {".json", ".jinja", ".txt", ".model", ".py"}
 
 
-def code_fingerprint(chosen: Policy | Codec, base: type) -> str:
-    """Of the files that define the class of a policy or codec, and of what they import of kvarena.
+def code_fingerprint(chosen: Policy | Codec | Shape, base: type) -> str:
+    """Of the files that define the class of a plug-in, and of what they import of kvarena.
 
     The files that a policy's options name (``file_options``), such as trained weights, count as
     well. Raises UsageError for one that cannot be read; what to do then says ``if_missing`` in the
@@ -38,7 +39,7 @@ def code_fingerprint(chosen: Policy | Codec, base: type) -> str:
     return _digest(*(path.read_bytes() for path in files), *named)
 
 
-def _named_file(chosen: Policy | Codec, option: str) -> bytes:
+def _named_file(chosen: Policy | Codec | Shape, option: str) -> bytes:
     path = getattr(chosen, option)
     try:
         return Path(path).read_bytes()

@@ -240,7 +240,8 @@ class RecallProbe(Policy):
             start, kept = self._held[query].seen_tokens, self._held[query].positions
             visible = torch.zeros(num_heads, query + 1, dtype=torch.bool, device=positions.device)
             if kept:
-                visible.scatter_(1, kept[view.layer].to(positions.device), True)
+                for head, own in enumerate(kept[view.layer]):
+                    visible[head, own.to(positions.device)] = True
             visible[:, start:] = True
             weights = view.attention[0, :, -1].unflatten(0, (num_heads, -1)).double()  # [K, G, T]
             on_kept = weights * visible.gather(1, positions)[:, None]

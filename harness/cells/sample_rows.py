@@ -150,6 +150,9 @@ def settings_of(cell: Cell, sample: Sample, allowed: Allowance) -> dict[str, Any
         "task_version": cell.task.version,
         "model": cell.model.name,
         "policy": cell.method_label(allowed.codec),
+        "shape": cell.shape_label,
+        "protect": str(cell.protection),
+        "evict_every": cell.evict_every,
         "codec": cell.codec_label(allowed.codec),
         "codec_asked": cell.codec_label(),
         "budget": cell.bound.label,
@@ -167,14 +170,9 @@ def settings_of(cell: Cell, sample: Sample, allowed: Allowance) -> dict[str, Any
         "references": list(sample.references),
         "prompt_tokens": len(sample.prompt_token_ids),
         "budget_tokens": allowed.budget_tokens if cell.policy.evicts else None,
+        "protected_tokens": cell.protected_tokens(allowed.budget_tokens),
         **{f"meta_{name}": value for name, value in sample.meta.items()},
     }
-
-
-def _evicted(generation: Generation) -> bool:
-    """Whether the budget ever bound: the last new token is never fed."""
-    num_fed = generation.prompt_tokens + len(generation.token_ids) - 1
-    return generation.budget_tokens is not None and num_fed > generation.budget_tokens
 
 
 def _row(
@@ -202,7 +200,7 @@ def _row(
         ),
         "ttft_sec": generation.ttft_sec,
         "decode_tokens_per_sec": generation.decode_tokens_per_sec,
-        "compressed": _evicted(generation),
+        "compressed": generation.has_evicted,
         "slots": min(job.cell.settings.slots, num_samples),
     }
     if generation.error is not None:

@@ -33,7 +33,7 @@ from kvarena.harness.sampling import Sampling
 from kvarena.harness.settings import RunSettings
 from kvarena.harness.store.shards import parse_shard
 
-GROUPS = ("task", "policy", "codec", "model", "experiment", "launcher")
+GROUPS = ("task", "policy", "shape", "codec", "model", "experiment", "launcher")
 _ALL = "all"  # of policies: those that need no trained file
 _SHELLS = ("bash", "fish", "zsh")
 SETTINGS = (

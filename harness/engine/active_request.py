@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvarena.harness.engine.eviction import Limit
 from kvarena.harness.engine.generation import KeptTokens
 from kvarena.harness.engine.request import Request
 
@@ -13,8 +14,8 @@ from kvarena.harness.engine.request import Request
 class ActiveRequest:
     """How far a settled request is. What it holds now is counted by the layers' caches.
 
-    num_seen: tokens fed to the model so far; kept_tokens, kv_bytes_kept, kv_bytes_peak: see
-    Generation.
+    num_seen: tokens fed to the model so far; has_evicted, kept_tokens, kv_bytes_kept,
+    kv_bytes_peak: see Generation.
     """
 
     index: int
@@ -30,6 +31,7 @@ class ActiveRequest:
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    has_evicted: bool = False
     kernels: set[str] = field(default_factory=set)
     error: str | None = None
 
@@ -48,8 +50,8 @@ class ActiveRequest:
         """Whether a pass with ``num_new`` tokens ends in a choice of the next token."""
         return self.num_seen + num_new >= len(self.request.prompt)
 
-    def limit_after(self, num_new: int) -> int | None:
-        """Most tokens per head to hold once a pass with ``num_new`` tokens has evicted, or None.
+    def limit_after(self, num_new: int, evict_every: int) -> Limit | None:
+        """What to hold once a pass with ``num_new`` tokens has evicted, or None for no bound.
 
         The context is compressed to leave room for the question, whose tokens then evict nothing.
         """
@@ -57,7 +59,12 @@ class ActiveRequest:
         if request.budget_tokens is None:
             return None
         reads_context = self.num_seen + num_new <= request.context_tokens
-        return request.budget_tokens - (request.question_tokens if reads_context else 0)
+        question = request.question_tokens
+        return Limit(
+            shared_tokens=request.budget_tokens - question,
+            extra_tokens=0 if reads_context else question,
+            spare_tokens=evict_every - 1 if self.num_seen >= len(request.prompt) else 0,
+        )
 
     def add_token(self, token_id: int, now_sec: float) -> None:
         """Take a newly chosen token, or the one that is forced in its place."""

@@ -5,7 +5,7 @@ last Q of them are this pass's own), D head dim.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,12 @@ class AttentionSpec:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     sliding_window: int | None = None
+
+    def of_heads(self, query_heads: slice) -> "AttentionSpec":
+        """What it asks of some of the layer's query heads."""
+        if self.sink_logits is None:
+            return self
+        return replace(self, sink_logits=self.sink_logits[query_heads])
 
     @property
     def is_plain(self) -> bool:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 from typing import Literal
 
@@ -13,17 +14,18 @@ from transformers import PreTrainedModel
 from kvarena.codecs.base import Codec
 from kvarena.harness.engine.active_request import ActiveRequest
 from kvarena.harness.engine.coded_cache import CodedCache, Workspace
+from kvarena.harness.engine.eviction import Eviction, Limit
 from kvarena.harness.engine.forward_pass import ATTENTION_NAME, ForwardPass
 from kvarena.harness.engine.free_memory import give_back_free_memory
 from kvarena.harness.engine.generation import Generation, KeptTokens
 from kvarena.harness.engine.layer_cache import LayerCache
-from kvarena.harness.engine.packing import Portion, Run, pack_runs
+from kvarena.harness.engine.packing import Cohort, Portion, pack_cohorts
+from kvarena.harness.engine.ragged_cache import RaggedCache, make_room
 from kvarena.harness.engine.request import Request
 from kvarena.harness.engine.rotary import KeyRotator
 from kvarena.harness.engine.sampling import choose
 from kvarena.harness.errors import UsageError
 from kvarena.harness.sampling import Sampling
-from kvarena.policies.base import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +40,15 @@ class Recording:
 class Batch:
     """Settled requests on their way through slots of their own; see ``Engine`` for the options.
 
-    model, policy: as given; slots: who works there, or None; layers: the KV stores, wide enough for
-    the longest request for as long as the batch lives, so memory is constant; num_tokens: fed in
-    the last pass.
+    model, eviction: as given; slots: who works there, or None; layers: the KV stores, wide enough
+    for the longest request for as long as the batch lives, so memory is constant; num_tokens: fed
+    in the last pass.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        policy: Policy,
+        eviction: Eviction,
         codec: Codec,
         requests: Sequence[Request],
         *,
@@ -60,10 +62,11 @@ class Batch:
     ) -> None:
         self.num_tokens = 0
         self.slots: list[ActiveRequest | None] = [None] * min(num_slots, len(requests))
-        capacity = max((request.places(chunk_tokens) for request in requests), default=0)
-        self.layers = self._new_layers(model, policy, codec, capacity, kv_dtype, chunk_tokens)
-        self.model, self.policy, self._codec = model, policy, codec
-        self._chunk_tokens, self._attention = chunk_tokens, attention
+        self.model, self.eviction, self._codec = model, eviction, codec
+        self._chunk_tokens, self._kv_dtype = chunk_tokens, kv_dtype
+        self._requests, self._workspace = requests, Workspace()
+        self.layers = [self._new_layer(index) for index in range(eviction.num_layers)]
+        self._attention = attention
         self._sampling, self._recording = sampling, recording
         self._rotator = rotator
         self._waiting = deque(
@@ -151,6 +154,7 @@ class Batch:
             for slot, active in enumerate(self.slots)
             if active is not None
         ]
+        self._make_room(portions)
         row = [token for portion in portions for token in portion.token_ids]
         deciding, last_rows, end = [], [], 0
         for _, active, token_ids in portions:
@@ -159,10 +163,10 @@ class Batch:
                 deciding.append(active)
                 last_rows.append(end - 1)
         record = self._recording.logits
-        logits, runs = self._logits(
+        logits, cohorts = self._logits(
             row, portions, list(range(len(row))) if record == "all" else last_rows
         )
-        self._observe(runs)
+        self._observe(cohorts)
         for slot, active, token_ids in portions:
             active.num_seen += len(token_ids)
             self._count(slot, active)
@@ -201,7 +205,7 @@ class Batch:
 
     def _logits(
         self, row: list[int], portions: Sequence[Portion], rows_wanted: list[int]
-    ) -> tuple[Tensor, Sequence[Run]]:
+    ) -> tuple[Tensor, Sequence[Cohort]]:
         """Logits [len(rows_wanted), V] of the packed row; caches are written and evicted."""
         positions = [a.num_seen + i for _, a, tokens in portions for i in range(len(tokens))]
         device = self.model.device
@@ -212,10 +216,17 @@ class Batch:
 
     def _forward(
         self, inputs: Tensor, portions: Sequence[Portion], rows_wanted: Tensor
-    ) -> tuple[Tensor, Sequence[Run]]:
+    ) -> tuple[Tensor, Sequence[Cohort]]:
         """``_logits`` from where its numbers are on the device; nothing in here waits for it."""
         tokens, position_ids = inputs.split(1)
-        runs = pack_runs(portions, self.layers, position_ids[0])
+        cohorts = pack_cohorts(portions, self.layers, position_ids[0], self.eviction.every)
+        forward_pass = ForwardPass(
+            cohorts=cohorts,
+            layers=self.layers,
+            eviction=self.eviction,
+            attention=self._attention,
+            rotator=self._rotator,
+        )
         config = self.model.config.get_text_config()
         before = config._attn_implementation
         config._attn_implementation = ATTENTION_NAME
@@ -225,30 +236,27 @@ class Batch:
                 position_ids=position_ids,
                 use_cache=False,
                 logits_to_keep=rows_wanted,
-                forward_pass=ForwardPass(
-                    runs=runs,
-                    layers=self.layers,
-                    policy=self.policy,
-                    attention=self._attention,
-                    rotator=self._rotator,
-                ),
+                forward_pass=forward_pass,
             )
         finally:
             config._attn_implementation = before  # the model stays as the caller knows it
-        return output.logits[0], runs
+        forward_pass.settle()
+        return output.logits[0], cohorts
 
-    def _observe(self, runs: Sequence[Run]) -> None:
+    def _observe(self, cohorts: Sequence[Cohort]) -> None:
         """Note for each request what attended; end those whose scores were not finite."""
-        for run in runs:
-            broken = run.observed.first_layers_not_finite(run.num_slots)
-            for active, layer in zip(self.slots[run.slots], broken, strict=True):
-                assert active is not None, "runs are of slots at work"
-                active.kernels |= run.observed.kernels
+        for cohort in cohorts:
+            broken = cohort.observed.first_layers_not_finite(cohort.num_slots)
+            for active, layer in zip(self.slots[cohort.slots], broken, strict=True):
+                assert active is not None, "cohorts are of slots at work"
+                active.kernels |= cohort.observed.kernels
+                active.has_evicted |= cohort.observed.has_evicted
                 if layer is not None:
-                    first, last = active.num_seen, active.num_seen + run.num_new - 1
+                    name = type(self.eviction.policy).__name__
+                    first, last = active.num_seen, active.num_seen + cohort.num_new - 1
                     active.end_invalid(
                         perf_counter(),
-                        f"policy {type(self.policy).__name__} gave scores that are not finite in "
+                        f"policy {name} gave scores that are not finite in "
                         f"layer {layer}, in the pass of tokens {first} to {last}",
                     )
 
@@ -257,16 +265,14 @@ class Batch:
         kept = sum(layer.held_bytes(slot) for layer in self.layers)
         in_pass = sum(layer.bytes_in_pass(slot) for layer in self.layers)
         workspace = max(layer.workspace_bytes(slot) for layer in self.layers)
-        held = max(count for layer in self.layers for count in layer.counts[slot])
+        counts = [count for layer in self.layers for count in layer.counts[slot]]
+        held = -(-sum(counts) // len(counts))
         active.kept_tokens = max(active.kept_tokens, held)
         active.kv_bytes_kept = max(active.kv_bytes_kept, kept)
         active.kv_bytes_peak = max(active.kv_bytes_peak, in_pass + workspace)
 
     def _kept(self, slot: int, active: ActiveRequest) -> KeptTokens:
-        positions = [
-            layer.positions[slot, :, : layer.counts[slot][0]].long().sort(dim=-1).values.cpu()
-            for layer in self.layers
-        ]
+        positions = [layer.held_positions(slot) for layer in self.layers]
         return KeptTokens(seen_tokens=active.num_seen, positions=positions)
 
     def _generation(self, active: ActiveRequest, slot: int) -> Generation:
@@ -281,6 +287,7 @@ class Batch:
             kernels=tuple(sorted(active.kernels)),
             prompt_tokens=len(active.request.prompt),
             budget_tokens=active.request.budget_tokens,
+            has_evicted=active.has_evicted,
             kept_tokens=active.kept_tokens,
             kv_bytes_kept=active.kv_bytes_kept,
             kv_bytes_peak=active.kv_bytes_peak,
@@ -291,25 +298,52 @@ class Batch:
             logits=torch.cat(active.logits) if recording.logits else None,
         )
 
-    def _new_layers(
-        self,
-        model: PreTrainedModel,
-        policy: Policy,
-        codec: Codec,
-        capacity: int,
-        kv_dtype: torch.dtype | None,
-        chunk_tokens: int,
-    ) -> list[LayerCache]:
-        num_slots, num_layers = len(self.slots), model.config.get_text_config().num_hidden_layers
-        num_saved_sinks = policy.sinks if policy.needs.rank_positions else 0
+    def _new_layer(self, index: int) -> LayerCache | RaggedCache:
+        places = max((self._places(request, index) for request in self._requests), default=0)
+        if self.eviction.shape.scope == "head":
+            return self._new_cache(len(self.slots), places)
+        return RaggedCache(len(self.slots), lambda: self._new_cache(1, places))
+
+    def _new_cache(self, num_slots: int, places: int) -> LayerCache:
+        policy, kv_dtype = self.eviction.policy, self._kv_dtype
+        num_saved_sinks = self.eviction.sinks if policy.needs.rank_positions else 0
         side_state = (policy.columns, num_saved_sinks)
-        if not codec.codes and kv_dtype in (None, model.dtype):
-            return [LayerCache(num_slots, capacity, *side_state) for _ in range(num_layers)]
-        workspace = Workspace()
-        return [
-            CodedCache(num_slots, capacity, codec, chunk_tokens, kv_dtype, workspace, *side_state)
-            for _ in range(num_layers)
-        ]
+        if not self._codec.codes and kv_dtype in (None, self.model.dtype):
+            return LayerCache(num_slots, places, *side_state)
+        return CodedCache(
+            num_slots,
+            places,
+            self._codec,
+            self._chunk_tokens,
+            kv_dtype,
+            self._workspace,
+            *side_state,
+        )
+
+    def _places(self, request: Request, layer: int) -> int:
+        """Places that a head of the layer can ever fill, on average where heads share a budget."""
+        total = request.total_tokens
+        if request.budget_tokens is None:
+            return total
+        question = request.question_tokens
+        limit = Limit(shared_tokens=request.budget_tokens - question, extra_tokens=question)
+        most_new = max(self._chunk_tokens, self.eviction.every)
+        return min(total, self.eviction.layer_tokens(limit, layer) + most_new)
+
+    def _make_room(self, portions: Sequence[Portion]) -> None:
+        """See to it that every head has places for what its slot brings to the pass."""
+        ragged = [layer for layer in self.layers if isinstance(layer, RaggedCache)]
+        for slot, _, token_ids in portions:
+            by_layer = [layer.heads(slot) for layer in ragged if layer.heads(slot)]
+            if self.eviction.shape.scope == "model" and by_layer:
+                by_layer = [[head for heads in by_layer for head in heads]]
+            for heads in by_layer:
+                make_room(heads, len(token_ids), self._mean_places)
+
+    @cached_property
+    def _mean_places(self) -> int:
+        """Places of a head on average, where heads share a budget: the same in all layers."""
+        return max(self._places(request, 0) for request in self._requests)
 
     def _check_layers(self) -> None:
         """Raise UsageError for a model with layers that keep their past somewhere else.

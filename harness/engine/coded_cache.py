@@ -7,11 +7,12 @@ columns keep the same order. Eviction comes before coding, a block is coded once
 from it is struck off its map of live rows, and a block with too many gaps is packed anew from
 its codes.
 
-Shape letters as in cache.py; M heads that code a block together, R rows of a block.
+Shape letters as in layer_cache.py; M heads that code a block together, R rows of a block.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import torch
@@ -37,16 +38,21 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self._buffers: tuple[Tensor, ...] = ()
+        self._buffers: list[Tensor] = [torch.empty(0), torch.empty(0)]
 
     def views(self, shapes: Sequence[Sequence[int]], slots: slice, like: Tensor) -> list[Tensor]:
         """Keys and values [S, K, capacity, D] of some slots, to be filled.
 
         shapes: of the two for all slots; like: a tensor of their data type, on their device.
         """
-        if not self._buffers:
-            self._buffers = tuple(like.new_empty(*shape) for shape in shapes)
-        return [buffer[slots] for buffer in self._buffers]
+        sizes = [prod(shape) for shape in shapes]
+        if any(len(buffer) < size for buffer, size in zip(self._buffers, sizes, strict=True)):
+            self._buffers = [like.new_empty(0)] * 2  # let go first
+            self._buffers = [like.new_empty(size) for size in sizes]
+        return [
+            buffer[:size].view(*shape)[slots]
+            for buffer, size, shape in zip(self._buffers, sizes, shapes, strict=True)
+        ]
 
 
 class CodedCache(LayerCache):
@@ -71,12 +77,20 @@ class CodedCache(LayerCache):
         self.codec = codec
         self._exact_dtype = exact_dtype
         self._workspace = workspace
-        most_exact = codec.window + codec.block - 1 + chunk_tokens
-        self._exact_places = min(capacity_tokens, most_exact) if codec.codes else capacity_tokens
+        self._most_exact = codec.window + codec.block - 1 + chunk_tokens
         self._segments: list[list[Segment]] = [[] for _ in range(num_slots)]
         self._num_exact: list[list[int]] = [[] for _ in range(num_slots)]  # of each head
         self._bytes_in_pass = [0] * num_slots
         self._probes: list[ProbeStore | None] = [None] * num_slots
+
+    @property
+    def _exact_places(self) -> int:
+        if not self.codec.codes:
+            return self.capacity_tokens
+        return min(self.capacity_tokens, self._most_exact)
+
+    def _places_of(self, name: str) -> int:
+        return self._exact_places if name in ("keys", "values") else self.capacity_tokens
 
     def clear(self, slot: int) -> None:
         super().clear(slot)
@@ -84,11 +98,10 @@ class CodedCache(LayerCache):
         self._num_exact[slot] = [0] * len(self.counts[slot])
         self._probes[slot] = ProbeStore(self.codec.probes) if self.codec.probes else None
 
-    def append(self, slots: slice, keys: Tensor, values: Tensor, positions: Tensor) -> int:
-        num_tokens = super().append(slots, keys, values, positions)
+    def append(self, slots: slice, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        super().append(slots, keys, values, positions)
         for slot in range(slots.start, slots.stop):
             self._bytes_in_pass[slot] = self.held_bytes(slot)
-        return num_tokens
 
     def _write(self, slots: slice, start: int, keys: Tensor, values: Tensor) -> None:
         for row, slot in enumerate(range(slots.start, slots.stop)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvarena.harness.engine.batch import Batch
-from kvarena.harness.engine.packing import Portion, Run
+from kvarena.harness.engine.packing import Cohort, Portion
 
 Kind = list[tuple[int, list[list[int]]]]  # by slot: what each head of each layer holds
 
@@ -23,14 +23,14 @@ Kind = list[tuple[int, list[list[int]]]]  # by slot: what each head of each laye
 class _Recorded:
     """kind: what is equal in all steps that may replay it; inputs: [2, S]; logits: [S, V].
 
-    runs: of the recorded step; what a pass observes lies in the graph's own tensors.
+    cohorts: of the recorded step; what a pass observes lies in the graph's own tensors.
     """
 
     kind: Kind
     graph: torch.cuda.CUDAGraph
     inputs: Tensor
     logits: Tensor
-    runs: Sequence[Run]
+    cohorts: Sequence[Cohort]
 
 
 class GraphedBatch(Batch):
@@ -45,7 +45,7 @@ class GraphedBatch(Batch):
 
     def _forward(
         self, inputs: Tensor, portions: Sequence[Portion], rows_wanted: Tensor
-    ) -> tuple[Tensor, Sequence[Run]]:
+    ) -> tuple[Tensor, Sequence[Cohort]]:
         kind = [(slot, [layer.counts[slot] for layer in self.layers]) for slot, _, _ in portions]
         if len(rows_wanted) < len(portions) or not all(map(self._is_steady, portions)):
             return super()._forward(inputs, portions, rows_wanted)
@@ -59,13 +59,13 @@ class GraphedBatch(Batch):
             known = self._recorded = self._record(kind, inputs, portions, rows_wanted)
         known.inputs.copy_(inputs)
         known.graph.replay()
-        return known.logits.clone(), known.runs  # the next replay writes over the logits
+        return known.logits.clone(), known.cohorts  # the next replay writes over the logits
 
     def _is_steady(self, portion: Portion) -> bool:
         """Whether the slot writes, at its budget in every head: as much goes as comes."""
-        limit = portion.active.limit_after(1)
+        limit = portion.active.limit_after(1, self.eviction.every)
         held = {count for layer in self.layers for count in layer.counts[portion.slot]}
-        return len(portion.token_ids) == 1 and held == {limit}
+        return len(portion.token_ids) == 1 and limit is not None and held == {limit.tokens}
 
     def _record(
         self, kind: Kind, inputs: Tensor, portions: Sequence[Portion], rows_wanted: Tensor
@@ -74,5 +74,5 @@ class GraphedBatch(Batch):
         graph = torch.cuda.CUDAGraph()
         inputs = inputs.clone()
         with torch.cuda.graph(graph):
-            logits, runs = super()._forward(inputs, portions, rows_wanted)
-        return _Recorded(kind=kind, graph=graph, inputs=inputs, logits=logits, runs=runs)
+            logits, cohorts = super()._forward(inputs, portions, rows_wanted)
+        return _Recorded(kind=kind, graph=graph, inputs=inputs, logits=logits, cohorts=cohorts)

@@ -18,13 +18,17 @@ from kvarena.codecs.base import Codec
 from kvarena.codecs.none import NoCodec
 from kvarena.harness.engine.batch import Batch, Recording
 from kvarena.harness.engine.cuda_graphs import GraphedBatch
+from kvarena.harness.engine.eviction import Eviction
 from kvarena.harness.engine.generation import Generation, in_order
-from kvarena.harness.engine.limits import check_architecture, check_attention, check_budget
+from kvarena.harness.engine.limits import check_architecture, check_attention
 from kvarena.harness.engine.request import Request, settled
 from kvarena.harness.engine.rotary import KeyRotator
 from kvarena.harness.errors import UsageError
+from kvarena.harness.protection import Protection
 from kvarena.harness.sampling import Sampling
 from kvarena.policies.base import Policy
+from kvarena.shapes.base import Shape
+from kvarena.shapes.uniform import Uniform
 
 # Raised whenever a kept position, a token or a counted byte could change: it is part of a cell's
 # identity, so rows of another engine are never continued.
@@ -35,9 +39,13 @@ class Engine:
     """Generates under a token budget. Raises UsageError for what cannot be honoured.
 
     model: a decoder of transformers; it is not changed.
+    shape: how layers and heads share the budget; None: all alike.
+    protection: which tokens stay whatever their score; None: as the policy has it.
+    evict_every: answer tokens k between two evictions of a request; a head then holds N + k.
     codec: how tokens older than its exact window are stored; None: as they are.
     kv_dtype: data type of tokens that are not coded; None: the model's own.
-    budget_tokens: most tokens a KV head of any layer holds after a chunk, N; None: no bound.
+    budget_tokens: most tokens a KV head of any layer holds after a chunk, N (on average over all
+    heads, where the shape lets them differ); None: no bound.
     chunk_tokens: prompt tokens per pass and request, B.
     slots: requests side by side. attention: sdpa | flash | reference.
     graphs: replay steady decoding steps as CUDA graphs; on CUDA and without a codec only.
@@ -48,6 +56,9 @@ class Engine:
         model: PreTrainedModel,
         policy: Policy,
         *,
+        shape: Shape | None = None,
+        protection: Protection | None = None,
+        evict_every: int = 1,
         codec: Codec | None = None,
         kv_dtype: torch.dtype | None = None,
         budget_tokens: int | None = None,
@@ -60,10 +71,22 @@ class Engine:
             if value < 1:
                 raise UsageError(f"{name} must be >= 1, got {value}")
         check_attention(attention, str(model.device), model.dtype)
-        check_budget(policy, budget_tokens)
         check_architecture(model)
-        if graphs and (model.device.type != "cuda" or (codec is not None and codec.codes)):
-            raise UsageError("graphs=true needs a CUDA device and codec=none; leave it out")
+        self.eviction = Eviction(
+            policy=policy,
+            num_layers=model.config.get_text_config().num_hidden_layers,
+            shape=shape or Uniform(),
+            protection=protection or Protection(),
+            every=evict_every,
+        )
+        self.eviction.check(budget_tokens)
+        codes = codec is not None and codec.codes
+        is_steady = isinstance(self.eviction.shape, Uniform) and evict_every == 1
+        if graphs and (model.device.type != "cuda" or codes or not is_steady):
+            raise UsageError(
+                "graphs=true needs a CUDA device, codec=none, shape=uniform and evict_every=1; "
+                "leave it out"
+            )
         self.model = model
         self.policy = policy
         self.codec = codec or NoCodec()
@@ -124,10 +147,10 @@ class Engine:
         asked = [_request(one, max_new_tokens) for one in requests]
         return (GraphedBatch if self.graphs else Batch)(
             self.model,
-            self.policy,
+            self.eviction,
             self.codec,
             [
-                settled(request, index, self.model, self.policy, self.budget_tokens)
+                settled(request, index, self.model, self.eviction, self.budget_tokens)
                 for index, request in enumerate(asked)
             ],
             kv_dtype=self.kv_dtype,

@@ -1,10 +1,10 @@
 """One packed forward pass: what happens to keys and values inside each layer's attention.
 
-In every layer, run by run: append the new tokens, attend, let the policy score, evict down to the
-budget.
+In every layer, cohort by cohort: append the new tokens, attend, let the policy score, evict down to
+the budget.
 
-Shape letters: S slots of a run, H query heads, K KV heads, Q new tokens per slot, T = kept and new
-tokens, D head dim.
+Shape letters: S slots of a cohort, H query heads, K KV heads, Q new tokens per slot, T = kept and
+new tokens, D head dim.
 """
 
 import inspect
@@ -20,8 +20,10 @@ from transformers import AttentionInterface
 
 from kvarena.harness.engine import attention
 from kvarena.harness.engine.attention import KERNELS, AttentionSpec
-from kvarena.harness.engine.layer_cache import LayerCache
-from kvarena.harness.engine.packing import Run
+from kvarena.harness.engine.eviction import Eviction
+from kvarena.harness.engine.layer_cache import LayerCache, Part, head_slice
+from kvarena.harness.engine.packing import Cohort
+from kvarena.harness.engine.ragged_cache import RaggedCache
 from kvarena.harness.engine.rotary import KeyRotator
 from kvarena.harness.errors import PolicyError, UsageError
 from kvarena.policies.base import LayerView, NewTokens, OptionError, Policy
@@ -40,9 +42,9 @@ class ForwardPass:
     attention: name of the kernel in ``KERNELS`` for every layer that needs no weights.
     """
 
-    runs: Sequence[Run]
-    layers: Sequence[LayerCache]
-    policy: Policy
+    cohorts: Sequence[Cohort]
+    layers: Sequence[LayerCache | RaggedCache]
+    eviction: Eviction
     attention: str
     rotator: KeyRotator | None = None
 
@@ -51,16 +53,28 @@ class ForwardPass:
     ) -> Tensor:
         """Attention output [1, total, H, D] of one layer; its cache is updated and evicted."""
         outputs = []
-        for run in self.runs:
-            output = self._attend_run(
-                run, module, run.unpack(query), run.unpack(key), run.unpack(value), spec
+        for cohort in self.cohorts:
+            output = self._attend_cohort(
+                cohort,
+                module,
+                cohort.unpack(query),
+                cohort.unpack(key),
+                cohort.unpack(value),
+                spec,
             )
             outputs.append(output.transpose(1, 2).flatten(0, 1))  # [S * Q, H, D]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
-    def _attend_run(
+    def settle(self) -> None:
+        """Evict what only the scores of all layers could decide, once the pass is through them."""
+        for cohort in self.cohorts:
+            if cohort.observed.waiting:
+                assert cohort.limit is not None, "nothing is evicted without a bound"
+                self._evict(cohort.observed.waiting, cohort.limit.tokens)
+
+    def _attend_cohort(
         self,
-        run: Run,
+        cohort: Cohort,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -71,56 +85,126 @@ class ForwardPass:
         index = module.layer_idx
         assert isinstance(index, int)
         cache = self.layers[index]
-        num_tokens = cache.append(run.slots, key, value, run.positions)
-        num_kept = run.num_kept(num_tokens)
-        keys, values = cache.tokens(run.slots, num_tokens)
-        if self.policy.needs.rank_positions:
-            self.move_sinks(run, cache, module, keys)
-        positions = cache.positions[run.slots, :, :num_tokens]
-        mask = self._mask(run, positions, spec)
+        cache.append(cohort.slots, key, value, cohort.positions)
+        budget_tokens = self._budget_if_over(cohort, index)
+        new = None
+        if self.eviction.policy.needs.new_tokens and self._is_scored(budget_tokens):
+            new = self.new_tokens(cohort, module, query, key, value)
+        outputs, scored = [], []
+        group = query.shape[1] // key.shape[1]
+        for part in cache.parts(cohort.slots):
+            heads = head_slice(part.heads, group)
+            output, scores = self._attend_part(
+                cohort, part, module, query[:, heads], new, spec.of_heads(heads), budget_tokens
+            )
+            outputs.append(output)
+            scored += [] if scores is None else [(part, scores)]
+        if budget_tokens is not None:
+            cohort.observed.has_evicted = True
+            if self.eviction.shape.scope == "model":
+                cohort.observed.waiting.extend(scored)
+            else:
+                self._evict(scored, budget_tokens)
+        cache.settle(cohort.slots, query, cohort.positions, spec)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-        needs = self.policy.needs
-        evicts = num_kept < num_tokens
-        is_scored = evicts or bool(self.policy.columns)
+    def _budget_if_over(self, cohort: Cohort, index: int) -> int | None:
+        """What a head of this layer keeps, on average, if it holds too many with the new tokens."""
+        limit = cohort.limit
+        if limit is None:
+            return None
+        if self.eviction.shape.scope == "model":
+            budget_tokens, held_tokens = limit.tokens, cohort.mean_tokens
+        else:
+            budget_tokens = self.eviction.layer_tokens(limit, index)
+            counts = self.layers[index].counts[cohort.slots.start]
+            held_tokens = sum(counts) // len(counts)
+        return budget_tokens if held_tokens > budget_tokens + limit.spare_tokens else None
+
+    def _is_scored(self, budget_tokens: int | None) -> bool:
+        """Whether the policy sees this pass: something goes, or it keeps columns of its own."""
+        return budget_tokens is not None or bool(self.eviction.policy.columns)
+
+    def _attend_part(
+        self,
+        cohort: Cohort,
+        part: Part,
+        module: nn.Module,
+        query: Tensor,
+        new: NewTokens | None,
+        spec: AttentionSpec,
+        budget_tokens: int | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [S, H, Q, D] of some heads, and [S, K, T] scores if something of theirs goes.
+
+        query: [S, H, Q, D] of these heads; new: of the whole layer.
+        """
+        cache, needs = part.cache, self.eviction.policy.needs
+        num_tokens = cache.num_tokens(part.slots)
+        keys, values = cache.tokens(part.slots, num_tokens)
+        if needs.rank_positions:
+            self.move_sinks(cohort, part, module, keys)
+        positions = cache.positions[part.slots, :, :num_tokens]
+        mask = self._mask(cohort, positions, spec)
+
+        is_scored = self._is_scored(budget_tokens)
         mass = rows = None
         ran = self.attention
         if needs.attention_mass:
             output, mass, ran = attention.attend_with_mass(
                 query, keys, values, mask, spec, may_fuse=self.attention != "reference"
             )
-        elif is_scored and needs.attention_rows >= run.num_new:
+        elif is_scored and needs.attention_rows >= cohort.num_new:
             output, rows = attention.attend_with_weights(query, keys, values, mask, spec)
             ran = "reference"
         else:
             output = KERNELS[self.attention](query, keys, values, mask, spec)
-        run.observed.kernels.add(ran)
+        cohort.observed.kernels.add(ran)
+        if not is_scored:
+            return output, None
 
-        if is_scored:
-            if needs.attention_rows and rows is None:
-                rows = attention.last_query_weights(query, keys, mask, spec, needs.attention_rows)
-            view = LayerView(
-                layer=index,
-                stored_keys=keys,
-                stored_values=values,
-                positions=positions.long(),
-                attention=rows,
-                attention_mass=mass,
-                new=self.new_tokens(run, module, query, key, value) if needs.new_tokens else None,
-                columns=cache.columns(run.slots, num_tokens),
-                text_tokens=run.text_tokens,
-            )
-            scores = self._scores(view)
-            run.observed.score_sums[index] = scores.sum(dim=(1, 2))
-            if evicts:
-                cache.evict(run.slots, self.protect(run, view, scores, spec), num_kept)
-        cache.settle(run.slots, query, run.positions, spec)
-        return output
+        if needs.attention_rows and rows is None:
+            rows = attention.last_query_weights(query, keys, mask, spec, needs.attention_rows)
+        index = module.layer_idx
+        assert isinstance(index, int)
+        view = LayerView(
+            layer=index,
+            kv_heads=part.heads,
+            stored_keys=keys,
+            stored_values=values,
+            positions=positions.long(),
+            attention=rows,
+            attention_mass=mass,
+            new=new,
+            columns=cache.columns(part.slots, num_tokens),
+            text_tokens=cohort.text_tokens,
+            num_recent=0 if budget_tokens is None else self.eviction.num_recent(budget_tokens),
+        )
+        scores = self._scores(view)
+        sums, so_far = scores.sum(dim=(1, 2)), cohort.observed.score_sums.get(index)
+        cohort.observed.score_sums[index] = sums if so_far is None else so_far + sums
+        if budget_tokens is None:
+            return output, None
+        return output, self.protect(cohort, view, scores, spec)
+
+    def _evict(self, scored: Sequence[tuple[Part, Tensor]], budget_tokens: int) -> None:
+        """Down to the budget, which heads share among each other where the shape lets them.
+
+        scored: of all heads that share one, with protected tokens at +inf.
+        """
+        if self.eviction.shape.scope == "head":
+            kept = [budget_tokens] * len(scored)
+        else:
+            kept = self.eviction.head_tokens([own[0, 0] for _, own in scored], budget_tokens)
+        for (part, scores), num_kept in zip(scored, kept, strict=True):
+            if num_kept < scores.shape[-1]:
+                part.cache.evict(part.slots, scores, num_kept)
 
     def _scores(self, view: LayerView) -> Tensor:
         """The policy's scores [S, K, T] in float32. Raises PolicyError for what is none."""
-        policy, wanted = type(self.policy), view.positions.shape
+        policy, wanted = type(self.eviction.policy), view.positions.shape
         try:
-            scores = self.policy.score(view)
+            scores = self.eviction.policy.score(view)
         except OptionError as error:
             raise UsageError(f"{policy.__name__}: {error}") from error
         except (MemoryError, torch.OutOfMemoryError):
@@ -137,8 +221,10 @@ class ForwardPass:
             )
         return scores.float()
 
-    def protect(self, run: Run, view: LayerView, scores: Tensor, spec: AttentionSpec) -> Tensor:
-        """Scores [S, K, T] with the policy's protected tokens at +inf.
+    def protect(
+        self, cohort: Cohort, view: LayerView, scores: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """Scores [S, K, T] with the protected tokens at +inf.
 
         Tokens that the layer's own sliding window hides from every later query go first, protected
         or not: nothing can ever attend to them.
@@ -148,30 +234,28 @@ class ForwardPass:
         # invalid after the pass; until then its slot must hold as many tokens as it should.
         largest = torch.finfo(torch.float32).max
         scores = scores.nan_to_num(nan=-largest, posinf=largest, neginf=-largest)
-        next_position = run.next_position
-        assert run.limit_tokens is not None, "nothing is evicted without a bound"
-        num_recent = self.policy.num_recent(run.limit_tokens)
-        if self.policy.sinks:
-            scores = scores.masked_fill(positions < self.policy.sinks, float("inf"))
-        if num_recent:
-            scores = scores.masked_fill(positions >= next_position - num_recent, float("inf"))
-        if spec.sliding_window is not None and not self.policy.needs.rank_positions:
+        next_position = cohort.next_position
+        if self.eviction.sinks:
+            scores = scores.masked_fill(positions < self.eviction.sinks, float("inf"))
+        if view.num_recent:
+            scores = scores.masked_fill(positions >= next_position - view.num_recent, float("inf"))
+        if spec.sliding_window is not None and not self.eviction.policy.needs.rank_positions:
             hidden = positions <= next_position - spec.sliding_window
             scores = scores.masked_fill(hidden, float("-inf"))
         return scores
 
     def new_tokens(
-        self, run: Run, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+        self, cohort: Cohort, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     ) -> NewTokens:
         """This pass's tokens as the layer projected them, before rotary positions."""
         assert self.rotator is not None
         return NewTokens(
-            queries=self.rotator.unrotate(module, query, run.positions),
-            keys=self.rotator.unrotate(module, key, run.positions),
+            queries=self.rotator.unrotate(module, query, cohort.positions),
+            keys=self.rotator.unrotate(module, key, cohort.positions),
             values=value,
         )
 
-    def move_sinks(self, run: Run, cache: LayerCache, module: nn.Module, keys: Tensor) -> None:
+    def move_sinks(self, cohort: Cohort, part: Part, module: nn.Module, keys: Tensor) -> None:
         """Rotate the sink keys to sit right before the other kept tokens.
 
         With ranks as positions all distances between kept tokens are those of their ranks. The
@@ -180,22 +264,26 @@ class ForwardPass:
         rotated from the keys as first written, so no rounding builds up.
         """
         num_tokens = keys.shape[2]
-        num_sinks = min(cache.num_saved_sinks, num_tokens)
+        num_sinks = min(part.cache.num_saved_sinks, num_tokens)
         if num_sinks:
-            saved = cache.sink_keys[run.slots, :, :num_sinks]
-            nearer = run.num_evicted_before(num_tokens)
+            saved = part.cache.sink_keys[part.slots, :, :num_sinks]
+            nearer = cohort.num_evicted_before(num_tokens)
             assert self.rotator is not None
             keys[:, :, :num_sinks] = self.rotator.rotate(module, saved, nearer)
 
-    def _mask(self, run: Run, positions: Tensor, spec: AttentionSpec) -> Tensor | None:
+    def _mask(self, cohort: Cohort, positions: Tensor, spec: AttentionSpec) -> Tensor | None:
         """What each query sees, broadcastable to [S, K, Q, T], or None; positions: [S, K, T]."""
         num_tokens = positions.shape[-1]
         if spec.sliding_window is None:
-            return run.causal_mask(num_tokens)
-        if self.policy.needs.rank_positions:  # attention sees the sinks where they were moved to
-            moved = positions + run.num_evicted_before(num_tokens)[:, None, None]
-            positions = torch.where(positions < self.policy.sinks, moved, positions)
-        return attention.visible_tokens(run.positions, positions, run.num_new, spec.sliding_window)
+            return cohort.causal_mask(num_tokens)
+        if (
+            self.eviction.policy.needs.rank_positions
+        ):  # attention sees the sinks where they were moved to
+            moved = positions + cohort.num_evicted_before(num_tokens)[:, None, None]
+            positions = torch.where(positions < self.eviction.sinks, moved, positions)
+        return attention.visible_tokens(
+            cohort.positions, positions, cohort.num_new, spec.sliding_window
+        )
 
 
 def _line_in(policy: type[Policy], error: Exception | None = None) -> str:

@@ -3,18 +3,28 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+HeldPositions = Tensor | list[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptTokens:
     """What one request held after a pass, ``seen_tokens`` being prompt and answer tokens so far.
 
-    positions: per layer and KV head, int64 original positions in ascending order.
+    positions: per layer and KV head, int64 original positions in ascending order: [K, T], or K
+    tensors where heads hold different numbers of tokens.
     """
 
     seen_tokens: int
-    positions: list[Tensor]
+    positions: list[HeldPositions]
+
+    @property
+    def stacked(self) -> Tensor:
+        """[L, K, T] int64, where all heads of all layers hold equally many tokens."""
+        assert all(isinstance(layer, Tensor) for layer in self.positions), "heads are uneven"
+        return torch.stack([torch.as_tensor(layer) for layer in self.positions])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +36,14 @@ class Generation:
     then says which.
     kernels: what computed its attention outputs, observed: sdpa | flash | reference | triton.
     budget_tokens: None without a bound, which is always so for a policy that keeps everything.
-    kept_tokens: most tokens a head held between passes.
+    has_evicted: whether the budget ever bound.
+    kept_tokens: most tokens a head held between passes, on average over all heads.
     kv_bytes_kept: most bytes held between passes; kv_bytes_peak: most bytes at any moment, the
     chunk in work and what a codec decodes for it included; both count keys, values and all side
     state of all layers.
     ttft_sec: from getting a slot to the first token; decode_tokens_per_sec: tokens after the first
     over the time they took (None for a single token).
-    kept_positions: at the end, per layer [K, T]; kept_history: after every pass;
+    kept_positions: at the end, as in KeptTokens; kept_history: after every pass;
     logits: record_logits="all": [prompt and fed answer tokens, V]; "answer": [answer tokens, V],
     those that chose each. None unless asked for.
     """
@@ -44,12 +55,13 @@ class Generation:
     kernels: tuple[str, ...]
     prompt_tokens: int
     budget_tokens: int | None
+    has_evicted: bool
     kept_tokens: int
     kv_bytes_kept: int
     kv_bytes_peak: int
     ttft_sec: float
     decode_tokens_per_sec: float | None
-    kept_positions: list[Tensor] | None = None
+    kept_positions: list[HeldPositions] | None = None
     kept_history: list[KeptTokens] | None = None
     logits: Tensor | None = None
 

@@ -4,11 +4,12 @@ A sequence owns a slot. Its live tokens fill places [0, T) of the slot in any or
 post-RoPE with their original position beside them and attention does not care about order, so
 eviction fills holes instead of shifting everything.
 
-Shape letters: S slots of a run (a contiguous range of slots that share T), K KV heads, T live
+Shape letters: S slots of a cohort (a contiguous range of slots that share T), K KV heads, T live
 tokens, Q tokens of this pass, D head dim, E tokens to evict.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -18,6 +19,18 @@ from kvarena.harness.engine.attention import AttentionSpec
 
 _POSITION_BITS = 32
 _NEWEST = torch.iinfo(torch.int32).max  # comes after every position
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What is attended to and scored at once: so many slots and KV heads that share T.
+
+    slots: within ``cache``; heads: which KV heads of the layer they are.
+    """
+
+    cache: "LayerCache"
+    slots: slice
+    heads: slice
 
 
 class LayerCache:
@@ -65,6 +78,19 @@ class LayerCache:
         """Keys and values [S, K, T, D] of the first T places, writable."""
         return self.keys[slots, :, :num_tokens], self.values[slots, :, :num_tokens]
 
+    def parts(self, slots: slice) -> list[Part]:
+        """All heads of the slots together, for they hold equally many tokens."""
+        return [Part(cache=self, slots=slots, heads=slice(0, self.positions.shape[1]))]
+
+    def num_tokens(self, slots: slice) -> int:
+        """T: what every head of these slots holds."""
+        return self._common_count(slots)
+
+    def held_positions(self, slot: int) -> Tensor:
+        """[K, T] int64 in ascending order."""
+        num_tokens = self._common_count(slice(slot, slot + 1))
+        return self.positions[slot, :, :num_tokens].long().sort(dim=-1).values
+
     def columns(self, slots: slice, num_tokens: int) -> dict[str, Tensor]:
         """Writable views [S, K, T] of the per-token columns."""
         return {
@@ -76,8 +102,8 @@ class LayerCache:
         """Make room for another request: nothing of the one before it counts any more."""
         self.counts[slot] = [0] * len(self.counts[slot])
 
-    def append(self, slots: slice, keys: Tensor, values: Tensor, positions: Tensor) -> int:
-        """Write Q new tokens per slot behind those it holds; returns how many T a head holds then.
+    def append(self, slots: slice, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Write Q new tokens per slot behind those it holds.
 
         keys, values: [S, K, Q, D]; positions: [S, Q] in the original text.
         """
@@ -96,10 +122,9 @@ class LayerCache:
         self._count(slots, end)
         for slot in range(slots.start, slots.stop):
             self._in_pass[slot] = end
-        return end
 
     def _common_count(self, slots: slice) -> int:
-        """What every head of these slots holds, as runs see to it."""
+        """What every head of these slots holds, as cohorts see to it."""
         held = {count for heads in self.counts[slots] for count in heads}
         assert len(held) == 1, f"heads of slots {slots} hold {sorted(held)} tokens"
         return held.pop()
@@ -188,6 +213,24 @@ class LayerCache:
                 *heads, self.num_saved_sinks, keys.shape[-1]
             )
 
+    def resize(self, capacity_tokens: int) -> None:
+        """Have so many places from now on; what each head holds stays where it is."""
+        self.capacity_tokens = capacity_tokens
+        for name in self._buffers.keys() - {"sink_keys"}:
+            self._resize_buffer(name, self._places_of(name))
+        self.__dict__.pop("_rows", None)  # made of the buffers of before
+
+    def _places_of(self, name: str) -> int:
+        """How many tokens of a head a buffer has room for."""
+        return self.capacity_tokens
+
+    def _resize_buffer(self, name: str, num_places: int) -> None:
+        before = self._buffers[name]
+        num_copied = min(num_places, before.shape[2])
+        after = before.new_empty(*before.shape[:2], num_places, *before.shape[3:])
+        after[:, :, :num_copied] = before[:, :, :num_copied]
+        self._buffers[name] = after
+
     def settle(self, slots: slice, queries: Tensor, positions: Tensor, spec: AttentionSpec) -> None:
         """Called when a pass is done with the layer; tokens that stay as they are need nothing."""
 
@@ -221,6 +264,11 @@ class LayerCache:
         per_place = sum(buffer.nbytes // num_places for buffer in self._token_buffers())
         saved = self.sink_keys.nbytes // self.num_slots if self.num_saved_sinks else 0
         return per_place, saved
+
+
+def head_slice(kv_heads: slice, group: int) -> slice:
+    """The query heads that share these KV heads, ``group`` to each."""
+    return slice(kv_heads.start * group, kv_heads.stop * group)
 
 
 def total_order(scores: Tensor, positions: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What cannot be run, said before any work: kernels, architectures, contexts and budgets."""
+"""What cannot be run, said before any work: kernels, architectures and contexts."""
 
 import importlib.util
 
@@ -8,7 +8,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvarena.harness.engine.attention import KERNELS
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import one_of
-from kvarena.policies.base import Policy
 
 
 def check_attention(attention: str, device: str, dtype: torch.dtype) -> None:
@@ -52,20 +51,6 @@ def context_tokens(config: PreTrainedConfig) -> int | None:
         original = original or getattr(config, "original_max_position_embeddings", None)
         return original or limit
     return limit
-
-
-def check_budget(policy: Policy, budget_tokens: int | None, question_tokens: int = 0) -> None:
-    """Raise UsageError if the budget leaves the policy nothing to choose."""
-    if budget_tokens is None or not policy.evicts:
-        return
-    for_context = budget_tokens - question_tokens
-    protected = policy.sinks + policy.num_recent(for_context)
-    if for_context <= protected:
-        held_back = f" beside a question of {question_tokens}" if question_tokens else ""
-        raise UsageError(
-            f"a budget of {budget_tokens} tokens{held_back} leaves nothing to choose: {protected} "
-            "tokens are protected (sinks and recent); raise the budget or protect fewer"
-        )
 
 
 def check_context(

@@ -1,9 +1,9 @@
 """The packed row of a pass: which slots bring which tokens, and which of them work as one batch.
 
 The tokens of all working slots stand in one row [1, total] without padding. Neighbouring slots that
-hold equally many tokens and bring equally many new ones form a run.
+hold equally many tokens and bring equally many new ones form a cohort.
 
-Shape letters: S slots of a run, Q new tokens per slot, T = kept and new tokens.
+Shape letters: S slots of a cohort, Q new tokens per slot, T = kept and new tokens.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from kvarena.harness.engine.active_request import ActiveRequest
 from kvarena.harness.engine.attention import visible_tokens
-from kvarena.harness.engine.layer_cache import LayerCache
+from kvarena.harness.engine.eviction import Limit
+from kvarena.harness.engine.layer_cache import LayerCache, Part
+from kvarena.harness.engine.ragged_cache import RaggedCache
 
 
 class Portion(NamedTuple):
@@ -30,14 +32,18 @@ class Portion(NamedTuple):
 
 @dataclass(kw_only=True)
 class Observed:
-    """What a pass did to the slots of one run, noted while it happened.
+    """What a pass did to the slots of one cohort, noted while it happened.
 
-    kernels: what computed attention outputs; score_sums: by layer, [S] sums of the policy's scores,
-    which are finite only if every score is.
+    kernels: what computed attention outputs; has_evicted: whether anything went; score_sums: by
+    layer, [S] sums of the policy's scores, which are finite only if every score is; waiting: scores
+    [S, K, T] of parts of all layers, whose tokens are weighed against each other once the pass is
+    through.
     """
 
     kernels: set[str] = field(default_factory=set)
+    has_evicted: bool = False
     score_sums: dict[int, Tensor] = field(default_factory=dict)
+    waiting: list[tuple[Part, Tensor]] = field(default_factory=list)
 
     def first_layers_not_finite(self, num_slots: int) -> list[int | None]:
         """Of each slot, the first layer with a score that is no finite number; else None."""
@@ -51,18 +57,20 @@ class Observed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Cohort:
     """Contiguous slots that do the same amount of work in this pass.
 
-    row: their tokens in the packed row, slot after slot; limit_tokens: what a head may hold after
-    the pass, None if nothing is ever evicted; positions: [S, Q] of the new tokens in the original
+    row: their tokens in the packed row, slot after slot; limit: what heads may hold after the pass,
+    None if nothing is ever evicted; mean_tokens: what they hold in the pass, with the new tokens,
+    on average over all heads of all layers; positions: [S, Q] of the new tokens in the original
     text; text_tokens: of the longest text so far; observed: filled in by the pass.
     """
 
     slots: slice
     row: slice
     num_new: int
-    limit_tokens: int | None
+    limit: Limit | None
+    mean_tokens: int
     positions: Tensor
     text_tokens: int
     observed: Observed = field(default_factory=Observed)
@@ -75,10 +83,6 @@ class Run:
     def next_position(self) -> Tensor:
         """[S, 1, 1]: place in the text of the token after this pass."""
         return self.positions[:, -1:, None] + 1
-
-    def num_kept(self, num_tokens: int) -> int:
-        """How many of T tokens a head holds after the pass."""
-        return num_tokens if self.limit_tokens is None else min(num_tokens, self.limit_tokens)
 
     def num_evicted_before(self, num_tokens: int) -> Tensor:
         """[S]: how far the original positions run ahead of the ranks among T tokens."""
@@ -100,42 +104,51 @@ class Run:
         return {}
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """[S, heads, Q, D] of this run from a packed [1, heads, total, D]."""
+        """[S, heads, Q, D] of this cohort from a packed [1, heads, total, D]."""
         rows = packed[0, :, self.row]
         shape = (rows.shape[0], self.num_slots, self.num_new, rows.shape[-1])
         return rows.reshape(shape).transpose(0, 1)
 
 
-def pack_runs(
-    portions: Sequence[Portion], layers: Sequence[LayerCache], positions: Tensor
-) -> list[Run]:
+def pack_cohorts(
+    portions: Sequence[Portion],
+    layers: Sequence[LayerCache | RaggedCache],
+    positions: Tensor,
+    evict_every: int,
+) -> list[Cohort]:
     """Group portions of neighbouring slots that do the same work in every layer.
 
-    positions: [total] of the packed row, in the order of ``portions``.
+    positions: [total] of the packed row, in the order of ``portions``. A slot whose heads hold
+    different numbers of tokens is alone.
     """
+    is_ragged = any(isinstance(layer, RaggedCache) for layer in layers)
 
     def work(place_and_portion: tuple[int, Portion]) -> tuple[object, ...]:
         place, portion = place_and_portion
         num_new = len(portion.token_ids)
         counts = [layer.counts[portion.slot] for layer in layers]
         # Neighbours have the same distance between slot and place in the list.
-        return portion.slot - place, num_new, portion.active.limit_after(num_new), counts
+        apart = portion.slot if is_ragged else portion.slot - place
+        return apart, num_new, portion.active.limit_after(num_new, evict_every), counts
 
-    runs, start = [], 0
-    for (_, num_new, limit_tokens, _), places in groupby(enumerate(portions), key=work):
+    cohorts, start = [], 0
+    for (_, num_new, limit, counts), places in groupby(enumerate(portions), key=work):
         group = [portion for _, portion in places]
         assert isinstance(num_new, int), "as made above"
-        assert limit_tokens is None or isinstance(limit_tokens, int), "as made above"
+        assert limit is None or isinstance(limit, Limit), "as made above"
+        assert isinstance(counts, list), "as made above"
+        heads = [count for layer_counts in counts for count in layer_counts]
         row = slice(start, start + len(group) * num_new)
-        runs.append(
-            Run(
+        cohorts.append(
+            Cohort(
                 slots=slice(group[0].slot, group[0].slot + len(group)),
                 row=row,
                 num_new=num_new,
-                limit_tokens=limit_tokens,
+                limit=limit,
+                mean_tokens=num_new + (sum(heads) // len(heads) if heads else 0),
                 positions=positions[row].view(len(group), num_new),
                 text_tokens=num_new + max(portion.active.num_seen for portion in group),
             )
         )
         start = row.stop
-    return runs
+    return cohorts

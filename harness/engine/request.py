@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from kvarena.harness.engine.limits import check_budget, check_context, context_tokens
+from kvarena.harness.engine.eviction import Eviction
+from kvarena.harness.engine.limits import check_context, context_tokens
 from kvarena.harness.errors import UsageError
-from kvarena.policies.base import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +44,20 @@ class Request:
         """Tokens of the prompt before the question."""
         return len(self.prompt) - self.question_tokens
 
-    def places(self, chunk_tokens: int) -> int:
-        """Places a head can ever fill: its budget and a chunk, or all tokens if they are fewer."""
-        total = len(self.prompt) + self.answer_tokens - 1  # the last new token is never fed
-        if self.budget_tokens is None:
-            return total
-        return min(total, self.budget_tokens + chunk_tokens)
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that are ever fed: the last one of the answer is not."""
+        return len(self.prompt) + self.answer_tokens - 1
 
 
 def settled(
-    request: Request, index: int, model: PreTrainedModel, policy: Policy, budget_tokens: int | None
+    request: Request,
+    index: int,
+    model: PreTrainedModel,
+    eviction: Eviction,
+    budget_tokens: int | None,
 ) -> Request:
-    """The request with all that it leaves to model, policy and engine. Raises UsageError.
+    """The request with all that it leaves to model, eviction and engine. Raises UsageError.
 
     index: what messages call it; budget_tokens: the engine's own.
     """
@@ -71,14 +73,14 @@ def settled(
             f"question_tokens is {request.question_tokens} of a prompt of {len(prompt)}"
         )
     budget = budget_tokens if request.budget_tokens is None else request.budget_tokens
-    check_budget(policy, budget, request.question_tokens)
+    eviction.check(budget, request.question_tokens)
     limit = context_tokens(model.config)
     check_context(f"prompt {index}", len(prompt), request.answer_tokens, limit)
     stops = stop_tokens(model) if request.stop_token_ids is None else request.stop_token_ids
     return replace(
         request,
         prompt=prompt,
-        budget_tokens=budget if policy.evicts else None,
+        budget_tokens=budget if eviction.policy.evicts else None,
         stop_token_ids=frozenset(stops),
     )
 

@@ -51,6 +51,27 @@ ROWS = (
     ),
     Column("task_version", str, "", "version of the task's prompts and scorer"),
     Column(
+        "shape",
+        str,
+        "name",
+        "how layers and heads shared the budget: `uniform`, `pyramid`, `ada`, `global`, with "
+        "options that differ from its yaml in parentheses",
+    ),
+    Column(
+        "protect",
+        str,
+        "",
+        "which tokens stayed whatever their score: `paper` (as the policy's authors have it), "
+        "`none`, or so many first and newest ones: `4+64`",
+    ),
+    Column(
+        "evict_every",
+        int,
+        "tokens",
+        "answer tokens between two evictions; a head then holds up to so many more than the budget",
+        low=1,
+    ),
+    Column(
         "codec",
         str,
         "name",
@@ -160,9 +181,18 @@ ROWS = (
         "budget_tokens",
         int,
         "tokens",
-        "the budget this sample ran under, per layer and KV head; empty for `full`. For a budget "
-        "in bytes, the most tokens that fit with this policy and codec, measured on the task's "
-        "longest sample; fewer for a sample that held too many bytes with them",
+        "the budget this sample ran under, per KV head on average over all heads; empty for "
+        "`full`. For a budget in bytes, the most tokens that fit with this policy and codec, "
+        "measured on the task's longest sample; fewer for a sample that held too many bytes with "
+        "them",
+        low=0,
+    ),
+    Column(
+        "protected_tokens",
+        int,
+        "tokens",
+        "first and newest tokens of this sample's budget that stayed whatever their score; empty "
+        "for `full`",
         low=0,
     ),
     Column(
@@ -171,7 +201,13 @@ ROWS = (
         "",
         "whether anything was evicted; false where prompt and answer fit the budget",
     ),
-    Column("kept_tokens", int, "tokens", "the most a head held between passes", low=0),
+    Column(
+        "kept_tokens",
+        int,
+        "tokens",
+        "the most a head held between passes, on average over all heads",
+        low=0,
+    ),
     Column(
         "kv_bytes_kept",
         int,

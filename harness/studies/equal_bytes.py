@@ -6,6 +6,7 @@ takes the cells there, which ``make equal-bytes`` ran, and records their rows fi
 those of cells that force answers.
 """
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -66,7 +67,7 @@ def labelled(rows: pd.DataFrame) -> pd.DataFrame:
 
     def as_run(policy: str, codec: str) -> str:
         method, at, version = policy.partition("@")
-        return method_label(method.partition("+")[0], codec) + at + version
+        return method_label(re.split(r"\+(?![^(]*\))", method)[0], codec) + at + version
 
     return rows.assign(policy=list(map(as_run, rows["policy"], rows["codec"])))
 

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -178,12 +177,12 @@ def describe(tokenizer: Tokenizer, samples: Seq[Sample]) -> pd.DataFrame:
 
 def positions_table(kept: KeptTokens) -> pd.DataFrame:
     """One line per layer, KV head and token held."""
-    return _by_head(torch.stack(kept.positions), "position")
+    return _by_head(kept.stacked, "position")
 
 
 def needle_table(kept: KeptTokens, first: int, num: int) -> pd.DataFrame:
     """One line per layer and KV head: how many of the needle's ``num`` tokens are held."""
-    positions = torch.stack(kept.positions)  # [L, K, T]
+    positions = kept.stacked  # [L, K, T]
     held = ((positions >= first) & (positions < first + num)).sum(dim=-1)
     return _by_head(held, "num_held").assign(seen_tokens=kept.seen_tokens)
 

@@ -130,8 +130,8 @@ def _protection(subject: Subject) -> str:
             end = step.seen_tokens
             wanted = {*range(min(3, end)), *range(max(0, end - 5), end)}
             for layer, heads in enumerate(step.positions):
-                for head, kept in enumerate(heads.tolist()):
-                    gone = wanted - set(kept)
+                for head, kept in enumerate(heads):
+                    gone = wanted - set(kept.tolist())
                     if gone:
                         raise ContractError(
                             f"with sinks=3 and recent=5, position {min(gone)} was gone from head "

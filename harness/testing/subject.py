@@ -127,8 +127,8 @@ def unlike(one: Generation, other: Generation) -> str | None:
 def unlike_steps(one: KeptTokens, other: KeptTokens) -> str | None:
     """The first head that held other tokens after one pass, or None."""
     for layer, (before, after) in enumerate(zip(one.positions, other.positions, strict=True)):
-        for head, (kept, others) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
-            num_other = len(set(others) - set(kept))
+        for head, (kept, others) in enumerate(zip(before, after, strict=True)):
+            num_other = len(set(others.tolist()) - set(kept.tolist()))
             if num_other:
                 return (
                     f"kept {num_other} other tokens of {len(kept)} in head {head} of layer {layer}"
