@@ -2,10 +2,10 @@
 
 The L * K * N best tokens of the whole model stay, once a pass has gone through all layers; but
 first every head keeps its own best alpha * N.
-Source: the non-uniform mode of "KVzip: Query-Agnostic KV Cache Compression with Context
+Paper: the non-uniform mode of "KVzip: Query-Agnostic KV Cache Compression with Context
 Reconstruction", https://arxiv.org/abs/2505.23416, section 3; the floor is Ada-KV's.
 
-Differs from the source: it goes with every score, so a score must mean the same in every layer;
+Differs from the paper: it goes with every score, so a score must mean the same in every layer;
 each chunk of the prompt is settled as it comes, within the bound.
 """
 

@@ -3,7 +3,7 @@
 What most papers of eviction policies assume, KeyDiff's among them
 (https://arxiv.org/abs/2504.15364).
 
-Differs from the papers: nothing.
+Differs from the paper: nothing.
 """
 
 from dataclasses import dataclass

@@ -59,6 +59,7 @@ def permuted(view: LayerView, order: torch.Tensor) -> LayerView:
             values=view.new.values[:, :, order],
         ),
         columns={name: column[..., order].clone() for name, column in view.columns.items()},
+        num_recent=view.num_recent,
     )
 
 
@@ -103,6 +104,7 @@ def test_a_sequence_is_scored_as_if_alone(name: str) -> None:
                 values=view.new.values[i : i + 1],
             ),
             columns={name: torch.zeros(1, K, T) for name in policy.columns},
+            num_recent=view.num_recent,
         )
         torch.testing.assert_close(policy.score(alone)[0], together[i])
 

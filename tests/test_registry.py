@@ -15,6 +15,7 @@ import kvarena.codecs
 import kvarena.conf
 import kvarena.harness
 import kvarena.policies
+import kvarena.shapes
 import kvarena.tasks
 from kvarena.codecs.base import Codec
 from kvarena.harness.errors import UsageError
@@ -30,21 +31,25 @@ from kvarena.harness.registry import (
     unknown,
 )
 from kvarena.policies.base import Policy
+from kvarena.shapes.base import Shape
 from kvarena.tasks.base import Task
 
-HARNESS, POLICIES, CODECS, TASKS, CONF = (
+HARNESS, POLICIES, SHAPES, CODECS, TASKS, CONF = (
     Path(package.__path__[0])
     for package in (
         kvarena.harness,
         kvarena.policies,
+        kvarena.shapes,
         kvarena.codecs,
         kvarena.tasks,
         kvarena.conf,
     )
 )
 POLICY_FILES = sorted(set(POLICIES.glob("*.py")) - {POLICIES / "base.py", POLICIES / "__init__.py"})
+SHAPE_FILES = sorted(set(SHAPES.glob("*.py")) - {SHAPES / "base.py", SHAPES / "__init__.py"})
 CODEC_FILES = sorted(CODECS / f"{name}.py" for name in choices("codec"))
-CHOICES = [(group, name) for group in ("policy", "codec", "task") for name in choices(group)]
+PLUG_INS = ("policy", "shape", "codec", "task")
+CHOICES = [(group, name) for group in PLUG_INS for name in choices(group)]
 # It leaves every token exact, so its class has options that mean nothing.
 CHOICES.remove(("codec", "none"))
 # Rooms that may name a plug-in: recorded experiments, what trains one, what times some.
@@ -119,6 +124,10 @@ def test_every_policy_file_has_its_yaml_and_the_other_way_round() -> None:
     assert choices("policy") == [path.stem for path in POLICY_FILES]
 
 
+def test_every_shape_file_has_its_yaml_and_the_other_way_round() -> None:
+    assert choices("shape") == [path.stem for path in SHAPE_FILES]
+
+
 def test_every_codec_file_has_its_yaml_and_the_other_way_round() -> None:
     others = {
         "__init__",
@@ -137,6 +146,7 @@ def test_every_task_file_has_its_yaml_and_the_other_way_round() -> None:
 def test_the_yaml_names_a_class_in_the_file_of_its_name(group: str, name: str) -> None:
     kinds = {
         "policy": ("policies", Policy),
+        "shape": ("shapes", Shape),
         "codec": ("codecs", Codec),
         "task": ("tasks", Task),
     }
@@ -289,7 +299,7 @@ def test_the_list_shows_every_choice_with_what_it_is(capsys: pytest.CaptureFixtu
     main()
     lines = capsys.readouterr().out.splitlines()
     listed = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("  ")}
-    names = [name for group in ("policy", "codec", "task", "model") for name in choices(group)]
+    names = [name for group in (*PLUG_INS, "model") for name in choices(group)]
     assert list(listed) == names
     assert all(listed.values())
 
@@ -297,8 +307,8 @@ def test_the_list_shows_every_choice_with_what_it_is(capsys: pytest.CaptureFixtu
 # ---- house rules ----
 
 
-@pytest.mark.parametrize("path", POLICY_FILES, ids=file_id)
-def test_a_policy_has_at_most_60_lines_of_code(path: Path) -> None:
+@pytest.mark.parametrize("path", [*POLICY_FILES, *SHAPE_FILES], ids=file_id)
+def test_a_policy_or_shape_has_at_most_60_lines_of_code(path: Path) -> None:
     assert num_code_lines(path.read_text(encoding="utf-8")) <= 60
 
 
@@ -330,8 +340,8 @@ def test_a_codec_has_at_most_160_lines_of_code(path: Path) -> None:
     assert num_code_lines(path.read_text(encoding="utf-8")) <= 160
 
 
-@pytest.mark.parametrize("path", [*POLICY_FILES, *CODEC_FILES], ids=file_id)
-def test_a_policy_or_codec_names_its_paper_and_what_differs(path: Path) -> None:
+@pytest.mark.parametrize("path", [*POLICY_FILES, *SHAPE_FILES, *CODEC_FILES], ids=file_id)
+def test_a_plug_in_names_its_paper_and_what_differs(path: Path) -> None:
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert "https://" in text or path == CODECS / "none.py"
     assert "Differs from the paper: " in text.replace("\n", " ")
@@ -339,14 +349,23 @@ def test_a_policy_or_codec_names_its_paper_and_what_differs(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*HARNESS.rglob("*.py"), *POLICIES.rglob("*.py"), *TASKS.rglob("*.py")]),
+    sorted(
+        [
+            *HARNESS.rglob("*.py"),
+            *POLICIES.rglob("*.py"),
+            *SHAPES.rglob("*.py"),
+            *TASKS.rglob("*.py"),
+        ]
+    ),
     ids=file_id,
 )
 def test_only_the_command_imports_hydra(path: Path) -> None:
     tops = {name.partition(".")[0] for name in imports_of(path)}
     if path.parent != HARNESS / "command":
         assert not tops & {"hydra", "omegaconf"}
-    assert not tops & {"harness", "policies", "tasks", "conf"}, "import it as kvarena.<folder>"
+    assert not tops & {"harness", "policies", "shapes", "tasks", "conf"}, (
+        "import it as kvarena.<folder>"
+    )
 
 
 @pytest.mark.parametrize(
