@@ -72,7 +72,7 @@ def plan_cell(cell: Cell, results_dir: Path) -> Plan:
     lengths = [_num_tokens(sample) for sample in samples]
     bounds = [cell.budget_tokens(sample) for sample in samples]
     held = [
-        total if bound is None else min(total, bound + cell.settings.chunk)
+        total if bound is None else min(total, bound + max(cell.settings.chunk, cell.evict_every))
         for total, bound in zip(lengths, bounds, strict=True)
     ]
     item_bytes = (cell.torch_kv_dtype or cell.torch_dtype).itemsize
@@ -116,11 +116,17 @@ def _num_binding(cell: Cell, samples: Sequence[Sample], folder: Path) -> int | N
         if not isinstance(settled, int):
             return None
         bounds = [settled for _ in samples]
-    # The last new token is chosen but never fed.
     return sum(
-        bound is not None and _num_tokens(sample) - 1 > bound
+        bound is not None and _binds(cell, sample, bound)
         for sample, bound in zip(samples, bounds, strict=True)
     )
+
+
+def _binds(cell: Cell, sample: Sample, budget_tokens: int) -> bool:
+    """Whether some layer may have to evict while it reads the prompt, or while it answers."""
+    least = cell.eviction(cell.num_layers).least_tokens(budget_tokens)
+    num_fed = _num_tokens(sample) - 1  # the last new token is chosen but never fed
+    return len(sample.prompt_token_ids) > least or num_fed >= least + cell.evict_every
 
 
 def _note(folder: CellFolder, num_samples: int) -> str:

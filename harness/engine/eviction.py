@@ -81,6 +81,11 @@ class Eviction:
             shared, protected, layer, self.num_layers
         )
 
+    def least_tokens(self, budget_tokens: int) -> int:
+        """Tokens per head of the layer that gets least of a budget: it is the first to evict."""
+        limit = Limit(shared_tokens=budget_tokens)
+        return min(self.layer_tokens(limit, layer) for layer in range(self.num_layers))
+
     def head_tokens(self, scores: Sequence[Tensor], mean_tokens: int) -> list[int]:
         """What each head in scope keeps; scores: of each, [T]."""
         shares = self.shape.head_tokens(scores, mean_tokens)
