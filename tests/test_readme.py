@@ -74,7 +74,13 @@ def test_every_module_that_a_page_names_exists(page: Path) -> None:
         assert path.is_dir() or path.with_suffix(".py").exists() or of_attribute.exists(), module
 
 
-COMMANDS = re.findall(r"^(?:kvarena|make) \w.*", README, re.MULTILINE)
+COMMANDS = sorted(
+    {
+        line
+        for page in PAGES
+        for line in re.findall(r"^(?:kvarena|make) \w.*", page.read_text(), re.MULTILINE)
+    }
+)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("kvarena ")])
@@ -95,6 +101,14 @@ def test_every_make_command_is_one_that_is_accepted(line: str) -> None:
         [words[0], "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_readmes_library_example_works_as_printed() -> None:
+    code = re.search(r"As a library:\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("torch.Size([3, ") == 2
 
 
 def test_the_readmes_policy_works_as_printed(tmp_path: Path) -> None:
