@@ -154,7 +154,7 @@ rescore: .venv/.stamp ## score stored answers again, without a model; nothing is
 
 ##@ Recorded runs (conf/experiment says what runs; results/reference, results/equal-bytes, results/anatomy)
 
-reference: .venv/.stamp ## the runs behind the README's table and picture: about 10 minutes
+reference: .venv/.stamp ## needle with every policy at two budgets, four needles a place: about 10 minutes
 	$(KVARENA) experiment=reference_needle
 	$(MODULE).studies.reference results needle
 reference-longbench: .venv/.stamp ## LongBench and its fidelity, DATA=folder: an hour or two on two cores

@@ -38,7 +38,7 @@ def test_what_is_committed_comes_from_the_committed_rows() -> None:
     labels = committed["policy"].tolist()
     assert RAN in labels
     assert ASKED not in labels
-    section = (REPOSITORY / "README.md").read_text().split("<!-- equal-bytes table: begin -->")[1]
+    section = (FOLDER / "README.md").read_text().split("<!-- equal-bytes table: begin -->")[1]
     assert f"| {RAN} | 12MB | 20.0 " in section.split("<!-- equal-bytes table: end -->")[0]
 
 
@@ -49,8 +49,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(parents=True)
     text = (FOLDER / "equal-bytes.csv").read_text()
     (folder / "equal-bytes.csv").write_text(text.replace(RAN, ASKED))
-    (tmp_path / "README.md").write_text(README)
-    monkeypatch.setattr(equal_bytes, "REPOSITORY", tmp_path)
+    (folder / "README.md").write_text(README)
     monkeypatch.setattr(equal_bytes, "FOLDER", folder)
     monkeypatch.setattr(sys, "argv", ["equal_bytes"])
     return folder
@@ -61,7 +60,7 @@ def test_tables_and_picture_can_be_made_from_recorded_rows(copy: Path) -> None:
     assert (copy / "equal-bytes.csv").read_bytes() == (FOLDER / "equal-bytes.csv").read_bytes()
     picture = (copy / "equal-bytes.svg").read_bytes()
     assert picture.startswith(b"<?xml")
-    readme = (copy.parent.parent / "README.md").read_text()
+    readme = (copy / "README.md").read_text()
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
     assert RAN in readme

@@ -1,4 +1,4 @@
-"""What the README says is what the files say."""
+"""What README, CONTRIBUTING and the pages beside results say is what the files say."""
 
 import re
 import shlex
@@ -10,48 +10,77 @@ import pandas as pd
 import pytest
 
 from kvarena.harness.command import overrides
-from kvarena.harness.studies.reference import REPOSITORY, with_table, without_texts
+from kvarena.harness.studies.reference import REFERENCE, REPOSITORY, with_table, without_texts
 
 README = (REPOSITORY / "README.md").read_text()
+RESULTS = REPOSITORY / "results"
+PAGES = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted(RESULTS.glob("README.md")),
+    *sorted(RESULTS.glob("*/README.md")),
+]
+TABLES = [
+    (page, task)
+    for page in PAGES
+    for task in re.findall(r"<!-- (\S+) table: begin -->", page.read_text())
+]
 
 
-REFERENCE = REPOSITORY / "results" / "reference"
-TASKS = re.findall(r"<!-- (\S+) table: begin -->", README)
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_table_comes_from_the_committed_summary(task: str) -> None:
-    folder = REPOSITORY / "results" / task if task == "equal-bytes" else REFERENCE
-    assert with_table(README, task, folder / f"{task}-summary.csv") == README
-    section = README.split(f"<!-- {task} table: begin -->")[1].split("<!--")[0]
+@pytest.mark.parametrize(("page", "task"), TABLES)
+def test_a_table_comes_from_the_committed_summary(page: Path, task: str) -> None:
+    text = page.read_text()
+    folder = RESULTS / task if task == "equal-bytes" else REFERENCE
+    assert with_table(text, task, folder / f"{task}-summary.csv") == text
+    section = text.split(f"<!-- {task} table: begin -->")[1].split("<!--")[0]
     assert section.count("| keydiff |") >= 1
 
 
-def test_the_ratios_come_from_the_recorded_bench() -> None:
-    recorded = pd.read_csv(REPOSITORY / "results" / "bench" / "default-targets.csv")
-    medians = dict(zip(recorded["figure"], recorded["median"], strict=True))
-    section = README.split("<!-- bench: begin -->\n")[1].split("<!-- bench: end -->")[0]
-    quoted = [line.strip("| ").split(" | ") for line in section.splitlines()[2:]]
-    assert len(quoted) >= 5
-    for figure, ratio in quoted:
-        assert ratio == f"{medians[figure]:.2f}"
+def test_the_readme_has_one_measured_table_and_says_how_far_policies_move_the_model() -> None:
+    assert [task for page, task in TABLES if page.parent == REPOSITORY] == ["fidelity-longbench"]
+    table = README.split("<!-- fidelity-longbench table: begin -->")[1].split("<!--")[0]
+    assert "| agreement % | KL nats |" in table
 
 
 def test_no_text_of_a_benchmark_is_in_the_reference_rows() -> None:
-    equal_bytes = REPOSITORY / "results" / "equal-bytes"
-    for path in [*REFERENCE.glob("*.csv"), *equal_bytes.glob("*.csv")]:
+    for path in [*REFERENCE.glob("*.csv"), *(RESULTS / "equal-bytes").glob("*.csv")]:
         rows = pd.read_csv(path)
         assert without_texts(rows).columns.tolist() == rows.columns.tolist(), path
 
 
-def test_every_linked_file_exists() -> None:
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert targets
-    for target in targets:
-        assert (REPOSITORY / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_file_that_a_page_links_or_names_exists(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+    folders = "harness|policies|codecs|tasks|conf|tests|notebooks"
+    named = re.findall(rf"(?<![\w/.])(?:{folders})/[\w./-]*\w", text)
+    for path in named:
+        # NAME stands for what the reader adds, and so does the README's own example.
+        if "NAME" not in path and "random_keys" not in path:
+            assert (REPOSITORY / path).exists(), path
 
 
-COMMANDS = re.findall(r"^(?:kvarena|make) \w.*", README, re.MULTILINE)
+@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "CHANGELOG.md"], ids=name_of)
+def test_every_module_that_a_page_names_exists(page: Path) -> None:
+    dotted = r"kvarena\.((?:harness|policies|codecs|tasks)[\w.]*\w)"
+    for module in set(re.findall(dotted, page.read_text())) - {"policies.random_keys.RandomKeys"}:
+        path = REPOSITORY / module.replace(".", "/")
+        of_attribute = path.parent.with_suffix(".py")
+        assert path.is_dir() or path.with_suffix(".py").exists() or of_attribute.exists(), module
+
+
+COMMANDS = sorted(
+    {
+        line
+        for page in PAGES
+        for line in re.findall(r"^(?:kvarena|make) \w.*", page.read_text(), re.MULTILINE)
+    }
+)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("kvarena ")])
@@ -72,6 +101,14 @@ def test_every_make_command_is_one_that_is_accepted(line: str) -> None:
         [words[0], "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_readmes_library_example_works_as_printed() -> None:
+    code = re.search(r"As a library:\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("torch.Size([3, ") == 2
 
 
 def test_the_readmes_policy_works_as_printed(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 A row is one sample; results/README.md lists the columns. Scores, bytes and times are taken over the
 same rows: those with status "ok" and a score. Repeats of a sample (several seeds) are averaged
 first, samples of one document count as dependent, and a score is the plain mean over parts where a
-task has some. Intervals are 95 %, with scores between 0 and 1; see statistics.py.
+task has some. Intervals are 95 %, with scores between 0 and 1; see intervals.py.
 """
 
 import itertools

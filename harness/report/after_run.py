@@ -26,16 +26,12 @@ def report(
         return []
     written: list[Path] = []
     for task, task_rows in rows.groupby("task"):
-        summary = with_kl(compare_cells(task_rows, allow_partial=allow_partial), task_rows)
-        text_tables.print_summary(summary)
+        tables = summaries(str(task), task_rows, allow_partial=allow_partial)
+        text_tables.print_summary(tables["summary"])
         if "meta_is_sample" in task_rows and task_rows["meta_is_sample"].eq(True).any():
             print(f"SAMPLE DATA: these rows are kvarena's own, not the {task} benchmark.")
         written.append(text_tables.write_csv(task_rows, results_dir / "tables" / f"{task}.csv"))
-        written.append(
-            text_tables.write_csv(summary, results_dir / "tables" / f"{task}-summary.csv")
-        )
-        scored = task_rows.merge(summary.loc[summary["score"].notna(), CELL], on=CELL)
-        for name, table in own_summaries(str(task), scored).items():
+        for name, table in tables.items():
             written.append(
                 text_tables.write_csv(table, results_dir / "tables" / f"{task}-{name}.csv")
             )
@@ -43,6 +39,18 @@ def report(
             folder = results_dir / "plots" / str(task) / file_name(str(model))
             written += _pictures(some, folder / file_name(str(variant)) if variant else folder)
     return written
+
+
+def summaries(
+    task: str, rows: pd.DataFrame, *, allow_partial: bool = False
+) -> dict[str, pd.DataFrame]:
+    """``summary``, the comparison of the task's cells, and what the task itself makes of its rows.
+
+    The latter is of cells that may show a score, so that no average hides what is missing.
+    """
+    summary = with_kl(compare_cells(rows, allow_partial=allow_partial), rows)
+    scored = rows.merge(summary.loc[summary["score"].notna(), CELL], on=CELL)
+    return {"summary": summary, **own_summaries(task, scored)}
 
 
 def own_summaries(task: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:

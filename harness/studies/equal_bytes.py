@@ -20,7 +20,7 @@ from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.report import budget_charts, text_tables
 from kvarena.harness.store.cell_folder import find_cells
-from kvarena.harness.studies.reference import REPOSITORY, with_table, without_texts
+from kvarena.harness.studies.reference import REPOSITORY, renew_tables, without_texts
 
 NAME = "equal-bytes"
 FOLDER = REPOSITORY / "results" / NAME
@@ -34,16 +34,13 @@ def main() -> None:
 
 
 def renew(rows: pd.DataFrame) -> None:
-    """Write rows, summary, picture and the README's table."""
+    """Write rows, summary, picture, and the table of the page beside them."""
     summary = summarise(rows)
     text_tables.write_csv(without_texts(rows), FOLDER / f"{NAME}.csv")
     text_tables.write_csv(summary, FOLDER / f"{NAME}-summary.csv")
     with replacing(FOLDER / f"{NAME}.svg") as path:
         path.write_bytes(picture(summary))
-    readme = REPOSITORY / "README.md"
-    renewed = with_table(readme.read_text(), NAME, FOLDER / f"{NAME}-summary.csv")
-    with replacing(readme) as path:
-        path.write_text(renewed)
+    renew_tables([FOLDER / "README.md"], NAME, FOLDER / f"{NAME}-summary.csv")
 
 
 def _recorded() -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Figures of what policies keep and of where keys point, as PNG, from the tables of anatomy.py.
+"""Figures of what policies keep and of where keys point, as PNG, from the tables of kept_tokens.py.
 
 Colours are those of harness/report/policy_styles.py. The same tables give the same bytes.
 """

@@ -1,51 +1,58 @@
-"""Turn the tables and pictures of a run into the committed reference that the README quotes.
+"""The reference runs that pages of the repository quote: their rows, summaries, tables and picture.
 
-``python -m kvarena.harness.studies.reference <results_dir> <task> ...`` copies each task's rows and
-summaries to ``results/reference/`` and renews its table in ``README.md``; the ``make reference``
-targets run all of it. Texts of benchmarks stay out of the repository: rows are copied without
+``python -m kvarena.harness.studies.reference`` makes summaries, tables and the picture anew from
+the recorded rows in ``results/reference/``. With a results folder and tasks as its arguments it
+records the rows of those tasks first, from the folder's last commands; the ``make reference``
+targets run all of it. Texts of benchmarks stay out of the repository: rows are recorded without
 questions' answers and without what the model wrote.
 """
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
+from kvarena.harness.analysis.row_frame import recorded_rows
 from kvarena.harness.entry import folder_parser, one_line_errors
 from kvarena.harness.files import replacing
-from kvarena.harness.report import text_tables
+from kvarena.harness.report import needle_maps, text_tables
+from kvarena.harness.report.after_run import summaries
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MODEL = "smollm2-135m"
+REFERENCE = REPOSITORY / "results" / "reference"
+PAGES = (REPOSITORY / "README.md", REFERENCE / "README.md")
 _TEXTS = ("prediction", "reference", "references", "meta_all_classes")
 
 
 def main() -> None:
-    """The arguments are the results folder of the run and names of tasks."""
+    """The arguments are the results folder of the run and names of tasks, or nothing."""
     with one_line_errors():
-        parser = folder_parser(__doc__)
-        parser.add_argument("tasks", nargs="+")
+        parser = folder_parser(__doc__, optional=True)
+        parser.add_argument("tasks", nargs="*")
         given = parser.parse_args()
-        renew(given.folder, given.tasks)
+        if given.folder is not None and not given.tasks:
+            parser.error("name the tasks whose rows are to be recorded")
+        for task in given.tasks:
+            rows = recorded_rows(given.folder / "tables" / f"{task}.csv")
+            text_tables.write_csv(without_texts(rows), REFERENCE / f"{task}.csv")
+        for task in given.tasks or recorded_tasks():
+            renew(task)
 
 
-def renew(source: Path, tasks: Sequence[str]) -> None:
-    """Copy each task's tables from a results folder, and renew the README."""
-    target = REPOSITORY / "results" / "reference"
-    target.mkdir(exist_ok=True)
-    for task in tasks:
-        rows = pd.read_csv(source / "tables" / f"{task}.csv", dtype={"budget": str})
-        text_tables.write_csv(without_texts(rows), target / f"{task}.csv")
-        for summary in (source / "tables").glob(f"{task}-*.csv"):
-            shutil.copy(summary, target / summary.name)
-        overview = source / "plots" / task / MODEL / "overview.png"
-        if overview.exists():
-            shutil.copy(overview, target / f"{task}.png")
-        readme = REPOSITORY / "README.md"
-        renewed = with_table(readme.read_text(), task, target / f"{task}-summary.csv")
-        with replacing(readme) as path:
-            path.write_text(renewed)
+def recorded_tasks() -> list[str]:
+    """Tasks whose rows are in results/reference; summaries lie beside them."""
+    found = sorted(path.stem for path in REFERENCE.glob("*.csv"))
+    return [task for task in found if f"{task}-summary" in found]
+
+
+def renew(task: str) -> None:
+    """Make summaries, picture and tables of one task anew from its recorded rows."""
+    rows = recorded_rows(REFERENCE / f"{task}.csv")
+    for name, table in summaries(task, rows).items():
+        text_tables.write_csv(table, REFERENCE / f"{task}-{name}.csv")
+    if {needle_maps.LENGTH, needle_maps.DEPTH} <= set(rows.columns):
+        needle_maps.needle_overview(rows, REFERENCE / f"{task}.png")
+    renew_tables(PAGES, task, REFERENCE / f"{task}-summary.csv")
 
 
 def without_texts(rows: pd.DataFrame) -> pd.DataFrame:
@@ -54,13 +61,21 @@ def without_texts(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.drop(columns=[name for name in [*_TEXTS, *lists] if name in rows.columns])
 
 
-def with_table(readme: str, task: str, summary_csv: Path) -> str:
-    """The README with the table between the task's marks made anew; unchanged without marks."""
+def renew_tables(pages: Iterable[Path], task: str, summary_csv: Path) -> None:
+    """Make the task's table anew in those pages that have its marks."""
+    for page in pages:
+        renewed = with_table(page.read_text(), task, summary_csv)
+        with replacing(page) as path:
+            path.write_text(renewed)
+
+
+def with_table(text: str, task: str, summary_csv: Path) -> str:
+    """The page with the table between the task's marks made anew; unchanged without marks."""
     begin, end = f"<!-- {task} table: begin -->\n", f"<!-- {task} table: end -->"
-    if begin not in readme:
-        return readme
+    if begin not in text:
+        return text
     summary = pd.read_csv(summary_csv, dtype={"budget": str})
-    before, rest = readme.split(begin)
+    before, rest = text.split(begin)
     _, after = rest.split(end)
     return before + begin + text_tables.markdown(summary) + end + after
 

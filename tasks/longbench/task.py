@@ -6,7 +6,7 @@ https://github.com/THUDM/LongBench at 2e00731: a template is filled in, a prompt
 loses its middle as text, and then comes the chat template, except for six tasks. Templates and
 generation lengths are read from where the rows are.
 
-Differs from the paper: nothing in the prompts; longbench_metrics.py names two things in the scores.
+Differs from the paper: nothing in the prompts; metrics.py names two things in the scores.
 """
 
 from dataclasses import dataclass

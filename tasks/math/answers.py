@@ -1,6 +1,6 @@
 r"""Whether an answer to a competition problem is right: its last ``\boxed{...}`` against the gold.
 
-Equal text up to spacing and style is equal; what differs is compared by algebra (math_grader.py).
+Equal text up to spacing and style is equal; what differs is compared by algebra (grader.py).
 """
 
 import re
