@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from kvarena.harness.analysis.comparison import SECTION, compare_cells
+from kvarena.harness.analysis.comparison import CONTEST, compare_cells
 from kvarena.harness.analysis.distances import are_forced, score_name, with_kl
 from kvarena.harness.analysis.published import beside, with_parts
 from kvarena.harness.analysis.row_frame import read_rows
@@ -63,7 +63,7 @@ def render(
     rows: one line per sample; cells: compare_cells(rows), with their KL and published figures;
     provenance: describe_cells(folders); empty_cells: cells that were begun and have no rows.
     """
-    keys = cells[SECTION].drop_duplicates().sort_values(SECTION).itertuples(index=False)
+    keys = cells[CONTEST].drop_duplicates().sort_values(CONTEST).itertuples(index=False)
     sections = [
         _section(f"section-{number}", key, _of(rows, key), _of(cells, key))
         for number, key in enumerate(keys, start=1)
@@ -112,7 +112,7 @@ def _section(
 
 def _of(frame: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
     """The lines of one task, model and variant, smallest budget first, else in their order."""
-    own = frame[(frame[SECTION] == list(key)).all(axis=1)]
+    own = frame[(frame[CONTEST] == list(key)).all(axis=1)]
     rank = own["budget"].map(lambda label: parse_budget(label).sort_key)
     return own.loc[rank.sort_values(kind="stable").index].reset_index(drop=True)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from kvarena.harness.analysis.comparison import SECTION, is_full_cache
+from kvarena.harness.analysis.comparison import CONTEST, is_full_cache
 from kvarena.harness.analysis.sign_flips import LEAST_DOCUMENTS, SIGNIFICANCE
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.report.paper_markup import AT_LEAST, DIFFERS, TIE, UNBOUND, Entry
@@ -22,7 +22,7 @@ def caption(what: str, cells: pd.DataFrame, rows: pd.DataFrame, budgets: Sequenc
     """
     is_forced = "kl_mean" in rows and rows["kl_mean"].notna().any()
     measure = "token agreement with the full cache" if is_forced else "score"
-    task, model, variant = (str(label) for label in cells.iloc[0][SECTION])
+    task, model, variant = (str(label) for label in cells.iloc[0][CONTEST])
     settings = f" ({variant})" if variant else ""
     about = f"the task {task} with the model {model}{settings}, {_under(budgets)}"
     return f"{what.format(measure)} {about}."

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from kvarena.harness.analysis.comparison import (
-    SECTION,
+    CONTEST,
     compare_cells,
     compare_pairs,
     is_full_cache,
@@ -67,10 +67,10 @@ def write_tables(results_dir: Path) -> list[Path]:
         "pairs": compare_pairs(rows),
     }
     written += [write_csv(frame, folder / f"{name}.csv") for name, frame in frames.items()]
-    sections = dict(list(cells.groupby(SECTION, sort=False)))
-    texts = ["-".join(str(label) for label in labels if label) for labels in sections]
-    for name, (labels, own) in zip(unique_names(texts), sections.items(), strict=True):
-        tables = grids(own, rows[(rows[SECTION] == list(labels)).all(axis=1)], name)
+    contests = dict(list(cells.groupby(CONTEST, sort=False)))
+    texts = ["-".join(str(label) for label in labels if label) for labels in contests]
+    for name, (labels, own) in zip(unique_names(texts), contests.items(), strict=True):
+        tables = grids(own, rows[(rows[CONTEST] == list(labels)).all(axis=1)], name)
         for suffix, render in ((".md", markdown_file), (".tex", latex_file)):
             written.append(folder / f"{name}{suffix}")
             with replacing(written[-1]) as temporary:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvarena.harness.analysis.comparison import SECTION, is_full_cache
+from kvarena.harness.analysis.comparison import CONTEST, is_full_cache
 from kvarena.harness.analysis.distances import score_name
 from kvarena.harness.column import Column
 from kvarena.harness.files import replacing
@@ -45,7 +45,7 @@ def print_summary(summary: pd.DataFrame, stream: TextIO | None = None) -> None:
         return
     summary = _with_texts(summary)
     shown: set[str] = set()
-    for labels, lines in summary.groupby(SECTION, sort=False):
+    for labels, lines in summary.groupby(CONTEST, sort=False):
         title = ", ".join(str(label) for label in labels if label)
         columns = _columns(lines)
         shown |= columns.keys()
