@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,7 @@ def is_rival(policy: str, num_compressed: float) -> bool:
 
 
 CellKey = tuple[str, str]  # policy and budget
+Line = Mapping[Hashable, Any]  # of a frame, by column
 
 
 def compare_cells(

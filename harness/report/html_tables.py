@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from kvarena.harness.analysis.comparison import is_full_cache
+from kvarena.harness.analysis.comparison import Line, is_full_cache
 from kvarena.harness.analysis.distances import score_name
 from kvarena.harness.report.text_tables import (
     NOTHING_EVICTED,
-    Line,
     counted,
     eviction_marks,
     evictions,

@@ -101,7 +101,7 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame, name: str) -> list[Grid]:
     cells: what compare_cells gives of ``rows``, which are of one task, model and variant; name:
     how the names of the tables begin.
     """
-    cells = _with_contests(cells)
+    cells = _without_lone_winners(cells)
     evicting = ~cells["policy"].map(is_full_cache)
     budgets = list(cells.loc[evicting if evicting.any() else ~evicting, "budget"].unique())
     policies = _ranked(cells)
@@ -148,7 +148,7 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame, name: str) -> list[Grid]:
     return tables
 
 
-def _with_contests(cells: pd.DataFrame) -> pd.DataFrame:
+def _without_lone_winners(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells, with a best one only where at least two compete."""
     labels = zip(cells["policy"], cells["num_compressed"], strict=True)
     competes = pd.Series([is_rival(*label) for label in labels], index=cells.index)
@@ -167,7 +167,7 @@ def _of_part(rows: pd.DataFrame, cells: pd.DataFrame, part: str) -> pd.DataFrame
     """compare_cells of one part, without the scores of cells that lack samples of any part."""
     own = compare_cells(rows[rows["part"] == part].drop(columns="num_planned"), allow_partial=True)
     shown = cells.loc[cells["score"].notna(), ["policy", "budget"]]
-    return _with_contests(own.merge(shown, on=["policy", "budget"]))
+    return _without_lone_winners(own.merge(shown, on=["policy", "budget"]))
 
 
 def _line(cells: pd.DataFrame, policy: str, budget: str) -> Any:
