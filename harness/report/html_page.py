@@ -104,7 +104,7 @@ def _section(
         "longest_name": cells["policy"].str.len().max(),
         "columns": columns,
         "marks": marks_in_words(evictions(cells)),
-        "lines": list(zip(*(column.entries for column in columns), strict=True)),
+        "lines": list(zip(*(column.texts for column in columns), strict=True)),
         # Forced answers are the full cache's own, whatever the policy.
         "examples": [] if are_forced(rows) else examples(rows),
     }

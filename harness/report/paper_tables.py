@@ -35,8 +35,8 @@ from kvarena.harness.report.paper_markup import (
     MISSING,
     TIE,
     UNBOUND,
-    Entry,
     Grid,
+    StyledText,
     latex_file,
     markdown_file,
 )
@@ -112,12 +112,12 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame, name: str) -> list[Grid]:
         what: str,
         under: list[str],
         columns: list[str],
-        lines: dict[str, list[Entry]],
+        lines: dict[str, list[StyledText]],
         note: str,
     ) -> Grid:
-        entries = [entry for line in lines.values() for entry in line]
+        texts = [one for line in lines.values() for one in line]
         per = "budget" if columns == under else "part"
-        notes = [*counts, note, *paper_notes.marks(entries, per)]
+        notes = [*counts, note, *paper_notes.marks(texts, per)]
         caption = paper_notes.caption(what, cells, rows, under)
         return Grid(f"{name}-{_name(kind)}", caption, columns, lines, notes)
 
@@ -180,23 +180,23 @@ def _line(cells: pd.DataFrame, policy: str, budget: str) -> Any:
     return next(own[own["score"].notna()].itertuples(index=False), None)
 
 
-def _score(line: Any, *, interval: bool = True) -> Entry:
+def _score(line: Any, *, interval: bool = True) -> StyledText:
     if line is None:
-        return Entry(MISSING)
+        return StyledText(MISSING)
     text = f"{100 * line.score:.1f}{TIE if line.ties_best else ''}{_unbound(line)}"
     if interval and not pd.isna(line.score_low):
         text += f" [{100 * line.score_low:.0f}, {100 * line.score_high:.0f}]"
-    return Entry(text, bold=line.is_best)
+    return StyledText(text, bold=line.is_best)
 
 
-def _difference(line: Any) -> Entry:
+def _difference(line: Any) -> StyledText:
     if line is None or pd.isna(line.difference):
-        return Entry(MISSING)
+        return StyledText(MISSING)
     mark = DIFFERS if line.p_holm < SIGNIFICANCE else ""
     text = f"{100 * line.difference:+.1f}{mark}{_unbound(line)}"
     if not pd.isna(line.difference_low):
         text += f" [{100 * line.difference_low:+.0f}, {100 * line.difference_high:+.0f}]"
-    return Entry(text.replace("-", MINUS))
+    return StyledText(text.replace("-", MINUS))
 
 
 def _unbound(line: Any) -> str:
