@@ -25,7 +25,7 @@ from kvarena.tasks.ruler.prompts import (
     QUESTION_ANSWERING,
     SINGULAR,
     VARIABLE_TRACKING,
-    Prompt,
+    PromptParts,
     Recipe,
 )
 from kvarena.tasks.ruler.task import ANSWER_TOKENS, OFFLINE_TASKS
@@ -409,11 +409,11 @@ def test_more_samples_than_questions_are_refused(qa_files):
 def test_the_largest_size_is_found_in_few_tries(tokens_of_unit):
     tries = []
 
-    def make(size: int) -> Prompt:
+    def make(size: int) -> PromptParts:
         tries.append(size)
         # Odd units take more, so that guesses are a little off.
         context = "w " * (tokens_of_unit * size + size % 2)
-        return Prompt(before="", context=context, after="", prefix="", references=())
+        return PromptParts(before="", context=context, after="", prefix="", references=())
 
     best = Recipe(make=make, smallest=3).fitted(lambda p: len(p.context.split()), 10_000)
     assert 10_000 - 2 * tokens_of_unit <= len(best.context.split()) <= 10_000
