@@ -22,7 +22,7 @@ from kvarena.harness.bench.subjects import Subject, llama_8b, toy
 from kvarena.harness.bench.targets import TARGET_COLUMNS, check
 from kvarena.harness.engine import Engine
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models.loading import check_device
+from kvarena.harness.models.devices import check_device
 from kvarena.harness.registry import build, load_choice
 
 SECTIONS = ("prefill", "roofline", "end_to_end")
