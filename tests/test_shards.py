@@ -14,7 +14,9 @@ from kvarena.harness.analysis.row_frame import read_rows as read_tidy
 from kvarena.harness.cells.rescore import rescore_cell
 from kvarena.harness.errors import LockedError, UsageError
 from kvarena.harness.report.status import cell_statuses
-from kvarena.harness.store.cell_folder import CellFolder, find_cells, read_lines, read_status
+from kvarena.harness.store.cell_files import find_cells, read_status
+from kvarena.harness.store.cell_folder import CellFolder
+from kvarena.harness.store.row_files import read_lines
 from kvarena.harness.store.shards import Shard, parse_shard
 from kvarena.tasks.needle import Needle
 from toy_folder import toy_overrides

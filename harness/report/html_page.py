@@ -28,7 +28,7 @@ from kvarena.harness.report.html_tables import (
     table_columns,
 )
 from kvarena.harness.report.text_tables import counted, evictions, marks_in_words
-from kvarena.harness.store.cell_folder import find_cells
+from kvarena.harness.store.cell_files import find_cells
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from kvarena.harness.report.paper_markup import (
     markdown_file,
 )
 from kvarena.harness.report.text_tables import storable, write_csv
-from kvarena.harness.store.cell_folder import find_cells
+from kvarena.harness.store.cell_files import find_cells
 from kvarena.tasks.base import content_id
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from kvarena.harness.entry import folder_parser, one_line_errors
 from kvarena.harness.errors import UsageError
 from kvarena.harness.report.listing import ListedCell, print_cells
-from kvarena.harness.store.cell_folder import find_cells, read_manifest, read_status
+from kvarena.harness.store.cell_files import find_cells, read_manifest, read_status
 from kvarena.harness.store.row_files import codecs_used, read_lines, read_sample_ids
 
 # All that a plan leaves in a folder, and what a command that did not begin may add.
