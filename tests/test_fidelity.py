@@ -14,7 +14,8 @@ import torch
 from kvarena.codecs.none import NoCodec
 from kvarena.harness.cells import run_cell as cell_runs
 from kvarena.harness.cells.cell import Cell
-from kvarena.harness.cells.forced_answers import RecallProbe, compare, forced_answers
+from kvarena.harness.cells.fidelity_measures import RecallProbe, compare
+from kvarena.harness.cells.forced_answers import forced_answers
 from kvarena.harness.cells.run_cell import run_cell
 from kvarena.harness.engine import Engine, Request
 from kvarena.harness.errors import UsageError
