@@ -50,6 +50,48 @@ class Outcome(NamedTuple):
         return self.err.startswith("error: ") and self.err.count("\n") == 1
 
 
+def called(
+    argv: Sequence[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Outcome:
+    """The command in this process; argv without its own name."""
+    GlobalHydra.instance().clear()
+    run_cell._held_model.cache_clear()
+    capsys.readouterr()
+    before, code = signal.getsignal(signal.SIGTERM), 0
+    patch.setattr(sys, "argv", ["kvarena", *argv])
+    try:
+        run.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return Outcome(code, *capsys.readouterr())
+
+
+def with_overrides(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Flags first, then the overrides, then what is typed beside them."""
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    rest = [argument for argument in arguments if not argument.startswith("-")]
+    return [*flags, *overrides, *rest]
+
+
+@contextmanager
+def stopped_after_one_row() -> Iterator[list[str]]:
+    """Ctrl-C comes while the second row is written; gives the ids of the samples written."""
+    append: Callable[..., None] = CellFolder.append
+    written: list[str] = []
+
+    def stop(folder: CellFolder, row: Mapping[str, Any]) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(row["sample_id"])
+        append(folder, row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CellFolder, "append", stop)
+        yield written
+
+
 @dataclass
 class Kvarena:
     """The command in this process; tables and pictures, which take most of its time, on request."""
@@ -65,24 +107,11 @@ class Kvarena:
         self.monkeypatch.chdir(self.folder)
 
     def __call__(self, *arguments: str, with_report: bool = False) -> Outcome:
-        flags = [argument for argument in arguments if argument.startswith("-")]
-        rest = [argument for argument in arguments if not argument.startswith("-")]
-        argv = ["kvarena", *flags, *self.overrides, f"results_dir='{self.results}'", *rest]
-        GlobalHydra.instance().clear()
-        run_cell._held_model.cache_clear()
-        self.capsys.readouterr()
-        before, code = signal.getsignal(signal.SIGTERM), 0
+        overrides = [*self.overrides, f"results_dir='{self.results}'"]
         with self.monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", argv)
             if not with_report:
                 patch.setattr(after_run, "report", lambda *_, **__: [])
-            try:
-                run.main()
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-            finally:
-                signal.signal(signal.SIGTERM, before)
-        return Outcome(code, *self.capsys.readouterr())
+            return called(with_overrides(overrides, arguments), patch, self.capsys)
 
     @property
     def rows(self) -> list[dict[str, Any]]:

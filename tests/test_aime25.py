@@ -4,27 +4,23 @@ import json
 from pathlib import Path
 
 import pytest
-from test_gsm8k import CharTokenizer
 
 from kvarena.tasks.aime25 import Aime25, is_answer
 from kvarena.tasks.base import Sample
 from kvarena.tasks.math500 import Math500
+from toy_tokenizers import CharTokenizer
 
 ROW = {"problem": "Find $1+1$.", "answer": "2", "id": "0"}
-
-
-class Chat(CharTokenizer):
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: object) -> str:
-        return f"USER {conversation[0]['content']} ASSISTANT"
+CHAT = CharTokenizer("USER {} ASSISTANT")
 
 
 def samples(data: object = "sample", **options: object) -> list[Sample]:
-    return Aime25(data=str(data), **options).samples(Chat(), 0)
+    return Aime25(data=str(data), **options).samples(CHAT, 0)
 
 
 def test_a_problem_is_asked_as_one_of_math500_is() -> None:
     asked = {
-        type(task): Chat().decode(task.samples(Chat(), 0, 1)[0].prompt_token_ids)
+        type(task): CHAT.decode(task.samples(CHAT, 0, 1)[0].prompt_token_ids)
         for task in (Aime25(data="sample"), Math500(data="sample"))
     }
     endings = {text[text.rindex("\nPlease reason") :] for text in asked.values()}

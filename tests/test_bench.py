@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from kvarena.harness.bench import __main__ as bench
 from kvarena.harness.bench import gpu, phases
 from kvarena.harness.bench.jobs import JobWatch
-from kvarena.harness.bench.measure import Case, Variant, measure, select, summarise
+from kvarena.harness.bench.measure import Case, TimedCase, measure, select, summarise
 from kvarena.harness.bench.memory import peak_bytes
 from kvarena.harness.bench.peers import KvpressServer, dynamic_cache_decode
 from kvarena.harness.bench.phases import PHASES, PhaseClock, clocks
@@ -35,7 +35,7 @@ def subject() -> Subject:
     return toy()
 
 
-def fake(name: str, log: list[str], values: list[float]) -> Variant:
+def fake(name: str, log: list[str], values: list[float]) -> TimedCase:
     """Notes each visit and gives the next of the values as seconds."""
 
     def run() -> dict[str, float]:
@@ -46,10 +46,10 @@ def fake(name: str, log: list[str], values: list[float]) -> Variant:
         log.append(f"warm {name}")
         return {}
 
-    return Variant(case=Case(section="test", what=name), run=run, warm=warm)
+    return TimedCase(case=Case(section="test", what=name), run=run, warm=warm)
 
 
-def test_rounds_visit_all_variants_in_turn_and_back_after_warming_all() -> None:
+def test_rounds_visit_all_cases_in_turn_and_back_after_warming_all() -> None:
     log: list[str] = []
     measure([fake("a", log, [1.0] * 3), fake("b", log, [1.0] * 3)], rounds=3)
     # The very first work is done once more: it alone maps libraries, which is nobody's memory.
@@ -83,8 +83,8 @@ def test_a_selection_of_several_cases_is_refused() -> None:
 
 
 def test_summary_holds_median_and_quartiles_in_the_order_of_measuring() -> None:
-    variants = [fake("z", [], [4.0, 1.0, 2.0, 3.0, 5.0]), fake("a", [], [1.0] * 5)]
-    summary = summarise(measure(variants, rounds=5))
+    cases = [fake("z", [], [4.0, 1.0, 2.0, 3.0, 5.0]), fake("a", [], [1.0] * 5)]
+    summary = summarise(measure(cases, rounds=5))
     assert list(summary["what"]) == ["z", "a"]
     assert list(summary.loc[0, ["median", "q1", "q3", "rounds"]]) == [3.0, 2.0, 4.0, 5]
 
@@ -228,8 +228,8 @@ def test_the_loop_over_a_dynamic_cache_holds_as_many_tokens_as_the_engine(
 
     subject.keys_and_values(40)
     monkeypatch.setattr(subject.model, "forward", spy)
-    variant = dynamic_cache_decode(subject, section="decode", slots=3, cache_tokens=40, passes=2)
-    variant.run()
+    timed = dynamic_cache_decode(subject, section="decode", slots=3, cache_tokens=40, passes=2)
+    timed.run()
     assert held == [(3, 2, 41 + n, 16) for n in range(3)]
 
 
@@ -256,9 +256,9 @@ def test_a_whole_quick_run_writes_every_section_and_judges_every_target(
 def test_the_gpu_bench_runs_the_same_on_a_toy_without_a_gpu(
     subject: Subject, tmp_path: Path
 ) -> None:
-    plan = gpu.TOY
-    sections = chosen(gpu.sections(subject, plan), "end_to_end")
-    run_sections(subject, sections, lambda m: gpu.targets(m, plan), tmp_path / "gpu")
+    sizes = gpu.TOY
+    sections = chosen(gpu.sections(subject, sizes), "end_to_end")
+    run_sections(subject, sections, lambda m: gpu.targets(m, sizes), tmp_path / "gpu")
     judged = pd.read_csv(tmp_path / "gpu-targets.csv")
     assert judged["figure"].str.contains("attention=reference over keydiff").sum() == 3
     assert judged["figure"].str.contains("attention=sdpa over keydiff").sum() == 3

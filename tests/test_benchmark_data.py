@@ -24,6 +24,7 @@ from kvarena.tasks.benchmark.rows import DataFile, is_count, is_text, is_texts
 from kvarena.tasks.benchmark.source import Source, open_source
 from kvarena.tasks.longbench import LongBench
 from kvarena.tasks.math500 import Math500
+from toy_tokenizers import CharTokenizer
 
 FIELDS = {"text": ("a text", is_text), "num": ("a whole number", is_count)}
 ROWS = [{"text": "línea 1\u2028still line 1", "num": 1}, {"text": "", "num": 2}]
@@ -135,18 +136,6 @@ def test_real_rows_are_to_the_letter_what_plain_json_gives() -> None:
         plain = [json.loads(line) for line in content.split(b"\n") if line]
         assert repr(DataFile(path).rows({})) == repr(plain), path
         assert DataFile(path).sha256 == hashlib.sha256(content).hexdigest()
-
-
-class CharTokenizer:
-    """One token per character."""
-
-    chat_template = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(sign) for sign in text]
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(map(chr, token_ids))
 
 
 def names_of(task: Task) -> tuple[str, str | None, str]:

@@ -15,7 +15,7 @@ from kvarena.harness.registry import build, choices, load_choice
 from kvarena.harness.testing import check_policy as command
 from kvarena.harness.testing import contract
 from kvarena.harness.testing.contract import CHECKS, Finding, check_policy
-from kvarena.harness.testing.subject import Subject
+from kvarena.harness.testing.trial import Trial
 from kvarena.policies.base import LayerView, Needs, Policy
 from toys import save_random_heads
 
@@ -241,7 +241,7 @@ def test_a_policy_that_protects_most_of_a_budget_gets_a_larger_one(
     window: int, expected: int
 ) -> None:
     settings = {**load_choice("policy", "snapkv"), "window": window}
-    assert Subject(lambda **options: build({**settings, **options})).budget_tokens == expected
+    assert Trial(lambda **options: build({**settings, **options})).budget_tokens == expected
 
 
 # ---- the command ----

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -20,14 +20,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from faulty import Outcome, called, stopped_after_one_row, with_overrides
 from kvarena.harness.budget import parse_budget
-from kvarena.harness.cells import run_cell
 from kvarena.harness.command import run
 from kvarena.harness.command.overrides import prepare_arguments, prepare_commands
 from kvarena.harness.models import loading
 from kvarena.harness.registry import build, choices, ready_policies
 from kvarena.harness.report import after_run
-from kvarena.harness.store.cell_folder import CellFolder
 from kvarena.harness.studies.reference import REPOSITORY
 from kvarena.policies.keydiff import KeyDiff
 from toy_folder import CONTEXT_TOKENS, toy_overrides
@@ -48,12 +47,6 @@ COLUMNS = [
     "ttft_sec",
     "decode_tokens_per_sec",
 ]
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 Command = Callable[..., Outcome]
@@ -82,19 +75,8 @@ def kvarena(
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> Outcome:
-        flags = [argument for argument in arguments if argument.startswith("-")]
-        rest = [argument for argument in arguments if not argument.startswith("-")]
-        argv = ["kvarena", *flags, *overrides, f"results_dir={results}", *rest]
-        monkeypatch.setattr(sys, "argv", argv)
-        GlobalHydra.instance().clear()
-        run_cell._held_model.cache_clear()
-        capsys.readouterr()
-        code = 0
-        try:
-            run.main()
-        except SystemExit as stop:
-            code = stop.code
-        return Outcome(code, *capsys.readouterr())
+        given = [*overrides, f"results_dir={results}"]
+        return called(with_overrides(given, arguments), monkeypatch, capsys)
 
     return call
 
@@ -385,19 +367,8 @@ def test_without_a_limit_the_rest_is_done_and_nothing_twice(
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_run_that_was_stopped_goes_on_where_it_stopped(
-    kvarena: Command, results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append, written = CellFolder.append, []
-
-    def stop_after_one(folder: CellFolder, row: dict) -> None:
-        if written:
-            raise KeyboardInterrupt
-        written.append(row["sample_id"])
-        append(folder, row)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CellFolder, "append", stop_after_one)
+def test_a_run_that_was_stopped_goes_on_where_it_stopped(kvarena: Command, results: Path) -> None:
+    with stopped_after_one_row() as written:
         stopped = kvarena()
     assert stopped.code == 130
     assert "finished samples are kept. The same command goes on" in stopped.err
@@ -716,15 +687,7 @@ def flags(
     """The command with these arguments and no others."""
 
     def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["kvarena", *arguments])
-        GlobalHydra.instance().clear()
-        capsys.readouterr()
-        code = 0
-        try:
-            run.main()
-        except SystemExit as stop:
-            code = stop.code
-        return Outcome(code, *capsys.readouterr())
+        return called(arguments, monkeypatch, capsys)
 
     return call
 

@@ -26,7 +26,8 @@ from kvarena.harness.errors import UsageError
 from kvarena.harness.report import status as cell_status
 from kvarena.harness.report.html_page import write_report
 from kvarena.harness.report.paper_tables import write_tables
-from kvarena.harness.store.cell_folder import CellFolder, find_cells, flat, read_status
+from kvarena.harness.store.cell_files import find_cells, flat, read_status
+from kvarena.harness.store.cell_folder import CellFolder
 from kvarena.tasks.benchmark.source import SAMPLE_FOLDER
 from toy_folder import save_model_folder, toy_overrides
 from toys import toy_model

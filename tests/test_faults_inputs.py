@@ -29,6 +29,7 @@ from kvarena.tasks.math.answers import is_correct
 from kvarena.tasks.math500 import Math500
 from kvarena.tasks.needle import Needle
 from toy_folder import toy_overrides
+from toy_tokenizers import CharTokenizer
 from toys import toy_model, toy_prompt
 
 CODE = Path(__file__).parents[1]
@@ -164,18 +165,6 @@ def test_an_empty_answer_scores_0_and_is_no_error() -> None:
         for task in (Needle(), Math500(data="sample")):
             sample = task.samples(CharTokenizer(), 0, 1)[0]
             assert task.score(sample, text)["score"] == 0
-
-
-class CharTokenizer:
-    """One token per character."""
-
-    chat_template = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(sign) for sign in text]
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(map(chr, token_ids))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 40])

@@ -19,7 +19,7 @@ import torch
 from faulty import Hook, Kvarena, comparable, hook_model, logits_row, needle_prompts, read_rows
 from kvarena.harness.cells import run_cell, sample_rows
 from kvarena.harness.engine import Batch
-from kvarena.harness.store.cell_folder import read_status
+from kvarena.harness.store.cell_files import read_status
 from kvarena.policies.base import LayerView
 from kvarena.policies.keydiff import KeyDiff
 from kvarena.tasks.base import Sample, Task

@@ -14,7 +14,8 @@ import torch
 from kvarena.codecs.none import NoCodec
 from kvarena.harness.cells import run_cell as cell_runs
 from kvarena.harness.cells.cell import Cell
-from kvarena.harness.cells.forced_answers import RecallProbe, compare, forced_answers
+from kvarena.harness.cells.fidelity_measures import RecallProbe, compare
+from kvarena.harness.cells.forced_answers import forced_answers
 from kvarena.harness.cells.run_cell import run_cell
 from kvarena.harness.engine import Engine, Request
 from kvarena.harness.errors import UsageError
@@ -27,6 +28,7 @@ from kvarena.policies.keydiff import KeyDiff
 from kvarena.tasks.base import Sample, Task
 from kvarena.tasks.fidelity import Fidelity
 from toy_folder import save_haystack, save_model_folder
+from toy_tokenizers import CharTokenizer
 from toys import toy_model, toy_prompt
 
 KL = "kl_per_token"
@@ -355,13 +357,7 @@ def test_without_recall_nothing_is_probed(tmp_path: Path, runs: list[tuple[str, 
 # ---- the task ----
 
 
-class Letters:
-    """Tokens are characters; special tokens would show."""
-
-    chat_template = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [1] * add_special_tokens + [ord(letter) for letter in text]
+TOKENIZER = CharTokenizer(has_start=True)  # special tokens would show
 
 
 @pytest.fixture
@@ -374,26 +370,26 @@ def inner(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
 
 
 def test_samples_are_those_of_the_task_within(inner: list[Sample]) -> None:
-    found = Fidelity(of="needle", max_tokens=5).samples(Letters(), 0)
+    found = Fidelity(of="needle", max_tokens=5).samples(TOKENIZER, 0)
     for sample, own in zip(found, inner, strict=True):
         assert sample.prompt_token_ids == own.prompt_token_ids
         assert sample.references == own.references
         assert sample.max_new_tokens == 5
         assert sample.meta == {"depth": 5, "of": "needle", "forced": "full"}
         assert sample.id != own.id
-    (longer, _) = Fidelity(max_tokens=99).samples(Letters(), 0)
+    (longer, _) = Fidelity(max_tokens=99).samples(TOKENIZER, 0)
     assert longer.max_new_tokens == 8
     assert longer.id == found[0].id
-    (gold, _) = Fidelity(reference="gold").samples(Letters(), 0)
+    (gold, _) = Fidelity(reference="gold").samples(TOKENIZER, 0)
     assert gold.id != found[0].id
 
 
 @pytest.mark.usefixtures("inner")
 def test_gold_is_the_first_reference_that_is_not_blank_cut_and_without_special_tokens() -> None:
     task = Fidelity(reference="gold", max_tokens=4)
-    (sample, _) = task.samples(Letters(), 0)
-    assert task.forced_token_ids(Letters(), sample) == [ord(letter) for letter in "42 i"]
-    assert Fidelity().forced_token_ids(Letters(), sample) is None
+    (sample, _) = task.samples(TOKENIZER, 0)
+    assert task.forced_token_ids(TOKENIZER, sample) == [ord(letter) for letter in "42 i"]
+    assert Fidelity().forced_token_ids(TOKENIZER, sample) is None
 
 
 def test_a_sample_without_a_gold_answer_is_refused(
@@ -401,13 +397,13 @@ def test_a_sample_without_a_gold_answer_is_refused(
 ) -> None:
     inner[1:] = toy_samples(1, id="hollow", references=("", " \n"))
     with pytest.raises(ValueError, match="hollow has no gold answer to force; use reference=full"):
-        Fidelity(reference="gold").samples(Letters(), 0)
-    assert len(Fidelity().samples(Letters(), 0)) == 2
+        Fidelity(reference="gold").samples(TOKENIZER, 0)
+    assert len(Fidelity().samples(TOKENIZER, 0)) == 2
 
 
 def test_stop_newline_and_question_stay(inner: list[Sample]) -> None:
     inner[:] = toy_samples(1, stop_newline=True, question_tokens=11)
-    (sample,) = Fidelity().samples(Letters(), 0)
+    (sample,) = Fidelity().samples(TOKENIZER, 0)
     assert sample.stop_newline
     assert sample.question_tokens == 11
 

@@ -13,28 +13,17 @@ from kvarena.tasks.base import Sample
 from kvarena.tasks.benchmark.source import SAMPLE_FOLDER
 from kvarena.tasks.gsm8k import EXAMPLES, Gsm8k, worked_examples
 from kvarena.tasks.math.answers import is_correct
+from toy_tokenizers import CharTokenizer
 
 SAMPLE_FILE = SAMPLE_FOLDER / "gsm8k" / "test.jsonl"
 ROW = {"question": "How many are 1 and 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}
 
 
-class CharTokenizer:
-    """One token per character after a special one; its chat template must not be used."""
-
-    chat_template = "any"
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [0] * add_special_tokens + [ord(sign) for sign in text]
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(map(chr, token_ids))
-
-    def apply_chat_template(self, conversation: object, **kwargs: object) -> str:
-        raise AssertionError("the protocol has no chat template")
+TOKENIZER = CharTokenizer("The protocol has no chat template: {}", has_start=True)
 
 
 def samples(data: object = "sample", **options: object) -> list[Sample]:
-    return Gsm8k(data=str(data), **options).samples(CharTokenizer(), 0)
+    return Gsm8k(data=str(data), **options).samples(TOKENIZER, 0)
 
 
 # ---- the prompt ----
@@ -47,7 +36,7 @@ def test_the_prompt_is_eight_examples_and_the_question_in_plain_text() -> None:
     row = json.loads(SAMPLE_FILE.read_text("utf-8").splitlines()[0])
     expected = "\n\n".join([*blocks, f"Q: {row['question']}\nA:"])
     first = samples()[0]
-    assert CharTokenizer().decode(first.prompt_token_ids) == "\0" + expected
+    assert TOKENIZER.decode(first.prompt_token_ids) == "<s>" + expected
     assert not first.stop_newline
 
 
@@ -58,7 +47,7 @@ def test_the_examples_end_in_the_answers_they_reason_to() -> None:
 
 def test_the_question_follows_the_examples_so_they_can_be_compressed_alone() -> None:
     for sample in samples():
-        question = CharTokenizer().decode(sample.prompt_token_ids[-sample.question_tokens :])
+        question = TOKENIZER.decode(sample.prompt_token_ids[-sample.question_tokens :])
         assert question.startswith("Q: ")
         assert question.count("Q: ") == 1
 
@@ -70,7 +59,7 @@ def test_answers_have_256_tokens_or_what_the_context_leaves() -> None:
     short = Gsm8k(data="sample")
     prompt_tokens = len(samples()[0].prompt_token_ids)
     assert short.settle(prompt_tokens + 20) == {"max_new_tokens": 256}
-    assert short.samples(CharTokenizer(), 0)[0].max_new_tokens == 20
+    assert short.samples(TOKENIZER, 0)[0].max_new_tokens == 20
 
 
 # ---- scores ----

@@ -120,7 +120,7 @@ import json, sys
 from dataclasses import replace
 from kvarena.tasks.longbench import data
 from kvarena.tasks.longbench import LongBench
-from test_longbench import CharTokenizer
+from toy_tokenizers import CharTokenizer
 pins = json.loads(sys.argv[1])
 data.DATA_ZIP = replace(data.DATA_ZIP, sha256=pins["zip"])
 data.SETTINGS = tuple(
@@ -128,7 +128,7 @@ data.SETTINGS = tuple(
     for file, (url, sha256) in zip(data.SETTINGS, pins["settings"], strict=True)
 )
 task = LongBench(data="hub", tasks="qasper,lcc")
-samples = task.samples(CharTokenizer(), 0)
+samples = task.samples(CharTokenizer('USER: {} ASSISTANT:', has_start=True), 0)
 labels = {sample.meta["data"] for sample in samples}
 print(json.dumps([[s.id for s in samples], task.data_fingerprint(), *labels]))
 """

@@ -23,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from faulty import Kvarena, Outcome, comparable, no_model_loads, read_rows
 from kvarena.harness.cells.run_cell import Outcome as CellOutcome
 from kvarena.harness.command import launchers, run
-from kvarena.harness.command.job_outcomes import Failure, Session
+from kvarena.harness.command.job_outcomes import Failure, JobOutcomes
 from toy_folder import toy_overrides
 
 SLOW = pytest.mark.slow  # every other process imports torch
@@ -141,16 +141,16 @@ def test_the_exit_code_is_that_of_all_jobs_wherever_they_ran(
     jobs: list[list[int | str]], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, failures in enumerate(jobs):
-        job = Session(outcomes=[done(str(number), num_failed="failed sample" in failures)])
+        job = JobOutcomes(outcomes=[done(str(number), num_failed="failed sample" in failures)])
         for failure in failures:
             if isinstance(failure, int):
                 job.fail(Failure(code=failure, text=f"Traceback\nerror {number}"))
         job.hand_over(tmp_path, number)
     capsys.readouterr()
-    session = Session()
-    session.collect(tmp_path)
-    assert session.exit_code == code
-    assert {outcome.path.name for outcome in session.outcomes} == {"0", "1"}
+    collected = JobOutcomes()
+    collected.collect(tmp_path)
+    assert collected.exit_code == code
+    assert {outcome.path.name for outcome in collected.outcomes} == {"0", "1"}
     assert list(tmp_path.iterdir()) == []
     lines = capsys.readouterr().err.splitlines()
     num_failed = sum(bool(f) and f != ["failed sample"] for f in jobs)

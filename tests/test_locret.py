@@ -17,7 +17,7 @@ from kvarena.harness.errors import UsageError
 from kvarena.harness.models import find_model
 from kvarena.harness.models.loading import load_tokenizer, load_weights
 from kvarena.harness.training import locret
-from kvarena.harness.training.locret import Settings, Training, train
+from kvarena.harness.training.locret import Training, TrainingSettings, train
 from kvarena.harness.training.locret_heads import (
     Observation,
     Observer,
@@ -376,9 +376,9 @@ def test_the_loss_charges_misses_and_jumps() -> None:
     assert mean == pytest.approx(float(jumping)), "smoothness is a mean over layers, not their sum"
 
 
-def settings(folder: Path, **changes: object) -> Settings:
+def settings(folder: Path, **changes: object) -> TrainingSettings:
     plain = {"num_samples": 4, "prompt_tokens": 900, "num_hidden": 16, "question_first": False}
-    return Settings(**{"model": str(folder), "seed": 0, **plain, **changes})
+    return TrainingSettings(**{"model": str(folder), "seed": 0, **plain, **changes})
 
 
 def test_heads_learn_what_a_token_s_own_features_tell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from kvarena.tasks.longbench.names import (
 )
 from kvarena.tasks.longbench.task import NO_CHAT
 from kvarena.tasks.longbench.token_f1 import chinese_segmenter
+from toy_tokenizers import CharTokenizer
 
 SAMPLE = SAMPLE_FOLDER / "longbench"
 # ../shared beside the checkout, or wherever the variable says.
@@ -38,33 +38,17 @@ SHARED /= "longbench"
 WITHOUT_JIEBA = tuple(task for task in TASKS if task not in NEEDS_JIEBA)
 
 
-@dataclass
-class CharTokenizer:
-    """One token per character after a special one at the front."""
-
-    chat_template: str | None = "USER: ... ASSISTANT:"
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [0] * add_special_tokens + [ord(sign) + 1 for sign in text]
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(
-            chr(token_id - 1) if token_id else "<s>" * (not skip_special_tokens)
-            for token_id in token_ids
-        )
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: object) -> str:
-        return f"USER: {conversation[0]['content']} ASSISTANT:"
+TOKENIZER = CharTokenizer("USER: {} ASSISTANT:", has_start=True)
 
 
 def samples(limit: int | None = None, **options: Any) -> list[Sample]:
     task = LongBench(**{"data": "sample", "tasks": WITHOUT_JIEBA, **options})
-    return task.samples(CharTokenizer(), 0, limit)
+    return task.samples(TOKENIZER, 0, limit)
 
 
 def text_of(sample: Sample) -> str:
     """The prompt without the special token at its front or the chat template around it."""
-    text = CharTokenizer().decode(list(sample.prompt_token_ids), skip_special_tokens=True)
+    text = TOKENIZER.decode(list(sample.prompt_token_ids), skip_special_tokens=True)
     if base_task(sample.meta["dataset"]) in NO_CHAT:
         return text
     return text.removeprefix("USER: ").removesuffix(" ASSISTANT:")
@@ -131,13 +115,13 @@ def test_a_gold_answer_of_a_real_row_scores_1() -> None:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there")
     task = LongBench(data=str(SHARED / "mini"), max_length=100)
-    for sample in task.samples(CharTokenizer(), 0):
+    for sample in task.samples(TOKENIZER, 0):
         assert task.score(sample, sample.references[0])["score"] == pytest.approx(1, abs=1e-7)
 
 
 def test_six_tasks_have_no_chat_template() -> None:
     for sample in samples():
-        text = CharTokenizer().decode(list(sample.prompt_token_ids))
+        text = TOKENIZER.decode(list(sample.prompt_token_ids))
         plain = sample.meta["dataset"] in NO_CHAT
         assert text.startswith("<s>") == plain, "a chat template writes its own special tokens"
         assert text.endswith(" ASSISTANT:") != plain
@@ -145,8 +129,8 @@ def test_six_tasks_have_no_chat_template() -> None:
 
 def test_a_model_without_chat_template_gets_every_prompt_plain() -> None:
     task = LongBench(data="sample", tasks=["qasper", "lcc"])
-    for sample in task.samples(CharTokenizer(chat_template=None), 0):
-        assert CharTokenizer().decode(list(sample.prompt_token_ids)).startswith("<s>")
+    for sample in task.samples(CharTokenizer(has_start=True), 0):
+        assert TOKENIZER.decode(list(sample.prompt_token_ids)).startswith("<s>")
 
 
 def test_only_samsum_stops_at_a_newline() -> None:
@@ -160,7 +144,7 @@ def test_question_tokens_begin_where_the_context_ends(max_length: int) -> None:
         task = sample.meta["dataset"]
         [row] = [row for row in rows_of(SAMPLE, task) if row["_id"] == sample.meta["row_id"]]
         after = templates[task].split("{context}")[1].format(**row)
-        text = CharTokenizer().decode(list(sample.prompt_token_ids[-sample.question_tokens :]))
+        text = TOKENIZER.decode(list(sample.prompt_token_ids[-sample.question_tokens :]))
         if max_length > 300 or len(after) <= 150:
             assert text.removesuffix(" ASSISTANT:") == after
         else:  # longer than the tail that is kept: the head has the context, the tail no end of it
@@ -200,7 +184,7 @@ def test_a_prompt_of_exactly_the_allowed_length_is_not_cut() -> None:
 )
 def test_the_end_of_the_context_survives_the_cut(context_end: int, expected: int) -> None:
     # 19 characters and a special token; 4 characters and 5 more are kept.
-    text, found, num_tokens = cut_middle(CharTokenizer(), "abcdefghijklmnopqrs", context_end, 10)
+    text, found, num_tokens = cut_middle(TOKENIZER, "abcdefghijklmnopqrs", context_end, 10)
     assert (text, num_tokens) == ("abcdopqrs", 20)
     assert found == expected
 
@@ -284,7 +268,7 @@ def test_meta_is_json_and_names_what_decides_a_score() -> None:
 
 def test_answers_are_scored_as_the_task_says() -> None:
     task = LongBench(data="sample", tasks=WITHOUT_JIEBA)
-    for sample in task.samples(CharTokenizer(), 0):
+    for sample in task.samples(TOKENIZER, 0):
         found = task.score(sample, sample.references[0])
         assert found["score"] == pytest.approx(1, abs=1e-7)
         rouge = METRIC_OF[sample.meta["dataset"]] == "rouge"

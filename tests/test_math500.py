@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +21,7 @@ from kvarena.tasks.math import grader
 from kvarena.tasks.math.answers import is_correct, last_box, normalised
 from kvarena.tasks.math.task import pass_at_1
 from kvarena.tasks.math500 import Math500
+from toy_tokenizers import CharTokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "math500"
 SAMPLE_FILE = SAMPLE_FOLDER / "math500" / "test.jsonl"
@@ -270,23 +270,11 @@ def test_without_math_verify_the_task_says_what_to_install(monkeypatch):
 # ---- prompts and data ----
 
 
-@dataclass
-class CharTokenizer:
-    chat_template: str | None = "any"
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(sign) for sign in text]
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(map(chr, token_ids))
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: object) -> str:
-        assert [turn["role"] for turn in conversation] == ["user"]
-        return f"USER {conversation[0]['content']} ASSISTANT"
+TOKENIZER = CharTokenizer("USER {} ASSISTANT")
 
 
 def test_the_prompt_is_the_problem_and_the_instruction_in_one_turn():
-    tokenizer = CharTokenizer()
+    tokenizer = TOKENIZER
     first = Math500(data="sample").samples(tokenizer, 0)[0]
     row = json.loads(SAMPLE_FILE.read_text(encoding="utf-8").splitlines()[0])
     asked = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -297,14 +285,14 @@ def test_the_prompt_is_the_problem_and_the_instruction_in_one_turn():
 
 
 def test_each_repeat_of_a_problem_is_a_sample_of_its_own():
-    found = Math500(data="sample", num_samples=3).samples(CharTokenizer(), 0)
+    found = Math500(data="sample", num_samples=3).samples(TOKENIZER, 0)
     assert len({s.id for s in found}) == len(found) == 60
     assert len({s.prompt_token_ids for s in found}) == 20
     assert [s.meta["repeat"] for s in found] == [0] * 20 + [1] * 20 + [2] * 20
     assert [s.document for s in found] == [s.document for s in found[:20]] * 3
     assert len({s.document for s in found}) == 20
     assert {s.part for s in found} == {""}
-    once = Math500(data="sample").samples(CharTokenizer(), 5)
+    once = Math500(data="sample").samples(TOKENIZER, 5)
     assert [s.id for s in once] == [s.id for s in found[:20]]
 
 
@@ -316,7 +304,7 @@ def test_the_sample_problems_are_right_and_say_that_they_are_samples():
         assert is_correct(row["solution"], row["answer"])
     assert len({row["subject"] for row in rows}) == 7
     assert {row["level"] for row in rows} == {1, 2, 3, 4, 5}
-    for found in Math500(data="sample").samples(CharTokenizer(), 0):
+    for found in Math500(data="sample").samples(TOKENIZER, 0):
         assert found.meta["is_sample"] is True
         assert set(found.meta) == {
             "subject", "level", "unique_id", "repeat", "is_sample", "max_new_tokens"
@@ -339,9 +327,9 @@ def test_data_comes_from_a_file_of_any_name_a_folder_a_zip_or_gzip(tmp_path):
     with zipfile.ZipFile(tmp_path / "any.zip", "w") as archive:
         archive.writestr("math/test.jsonl", text)
     names = (".", "test.jsonl", "mine.jsonl", "packed", "packed/test.jsonl.gz", "any.zip")
-    ids = {Math500(data=str(tmp_path / n)).samples(CharTokenizer(), 0)[0].id for n in names}
+    ids = {Math500(data=str(tmp_path / n)).samples(TOKENIZER, 0)[0].id for n in names}
     assert len(ids) == 1
-    (found,) = Math500(data=str(tmp_path)).samples(CharTokenizer(), 0)
+    (found,) = Math500(data=str(tmp_path)).samples(TOKENIZER, 0)
     assert found.meta["is_sample"] is False
 
 
@@ -360,23 +348,23 @@ def test_bad_data_is_named(tmp_path, lines, message):
     path = tmp_path / "test.jsonl"
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        Math500(data=str(path)).samples(CharTokenizer(), 0)
+        Math500(data=str(path)).samples(TOKENIZER, 0)
 
 
 def test_missing_data_comes_with_every_way_to_get_it(tmp_path):
     with pytest.raises(ValueError, match=r"absent.*hub.*sample"):
-        Math500(data=str(tmp_path / "absent")).samples(CharTokenizer(), 0)
+        Math500(data=str(tmp_path / "absent")).samples(TOKENIZER, 0)
 
 
 def test_a_folder_without_the_file_comes_with_every_way_to_get_it(tmp_path):
     with pytest.raises(ValueError, match=r"no test\.jsonl or test\.jsonl\.gz in .*hub.*sample"):
-        Math500(data=str(tmp_path)).samples(CharTokenizer(), 0)
+        Math500(data=str(tmp_path)).samples(TOKENIZER, 0)
 
 
 def test_the_hub_gives_the_pinned_file(tmp_path, monkeypatch):
     (tmp_path / "test.jsonl").write_text(json.dumps(ROW), encoding="utf-8")
     monkeypatch.setattr(math500.HubFile, "fetch", lambda file: tmp_path / file.name)
-    (found,) = Math500(data="hub").samples(CharTokenizer(), 0)
+    (found,) = Math500(data="hub").samples(TOKENIZER, 0)
     assert found.references == ("2",)
     assert found.meta["is_sample"] is False
 
@@ -386,7 +374,7 @@ def test_offline_the_message_has_every_way_to_get_the_data(tmp_path, monkeypatch
     with pytest.raises(
         ValueError, match=r"data 'hub' cannot be read.*Ways to get MATH-500"
     ) as found:
-        Math500(data="hub").samples(CharTokenizer(), 0)
+        Math500(data="hub").samples(TOKENIZER, 0)
     assert "\n" not in str(found.value)
 
 
@@ -434,7 +422,7 @@ def test_all_gold_answers_equal_themselves_and_no_different_neighbour():
         pytest.skip(f"{SHARED} is not there")
     content = (SHARED / "test.jsonl").read_bytes()
     assert hashlib.sha256(content).hexdigest() == math500.TEST_FILE.sha256
-    found = Math500(data=str(SHARED)).samples(CharTokenizer(), 0)
+    found = Math500(data=str(SHARED)).samples(TOKENIZER, 0)
     golds = [s.references[0] for s in found]
     assert len(golds) == 500
     started = time.monotonic()

@@ -18,6 +18,7 @@ from kvarena.tasks.longbench import LongBench
 from kvarena.tasks.longbench.length import LEAST_ROOM_TOKENS, longest_prompt
 from kvarena.tasks.math500 import Math500
 from toy_folder import save_haystack, save_model_folder, toy_cell, toy_overrides
+from toy_tokenizers import CharTokenizer
 
 
 @pytest.fixture
@@ -93,21 +94,12 @@ def test_a_context_without_room_is_refused_with_what_to_change(folder: Path) -> 
 def test_without_a_limit_nothing_is_cut() -> None:
     task = LongBench(data="sample", tasks="qasper")
     assert task.settle(None) == {"max_length": None}
-    for sample in (*task.samples(Letters(), 0), *LongBench(data="sample").samples(Letters(), 0)):
+    for sample in (
+        *task.samples(CharTokenizer(), 0),
+        *LongBench(data="sample").samples(CharTokenizer(), 0),
+    ):
         assert sample.meta["max_length"] is None
         assert not sample.meta["truncated"]
-
-
-class Letters:
-    """One token per character."""
-
-    chat_template = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(letter) for letter in text]
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(map(chr, token_ids))
 
 
 def test_an_8k_budget_binds_on_a_128k_model_with_the_defaults(folder: Path) -> None:
@@ -186,7 +178,7 @@ def test_the_same_number_typed_is_never_other_rows_under_the_same_name(folder: P
 def test_without_a_limit_answers_are_as_long_as_the_protocol_says() -> None:
     task = Math500(data="sample")
     assert task.settle(None) == {"max_new_tokens": 32768}
-    assert {sample.max_new_tokens for sample in task.samples(Letters(), 0)} == {32768}
+    assert {sample.max_new_tokens for sample in task.samples(CharTokenizer(), 0)} == {32768}
 
 
 # ---- fidelity ----

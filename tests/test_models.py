@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from kvarena.harness.engine import limits
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models import ModelSpec, loading
+from kvarena.harness.models import ModelSpec, devices, gguf, loading
 from kvarena.harness.registry import choices, load_choice
 from toy_folder import save_model_folder
 from toys import toy_model, toy_prompt
@@ -183,9 +183,9 @@ def test_a_saved_folder_loads_as_it_was(tmp_path: Path) -> None:
 def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("KVARENA_CACHE", raising=False)
-    assert loading.cache_dir() == tmp_path / "kvarena"
+    assert gguf.cache_dir() == tmp_path / "kvarena"
     monkeypatch.setenv("KVARENA_CACHE", str(tmp_path / "mine"))
-    assert loading.cache_dir() == tmp_path / "mine"
+    assert gguf.cache_dir() == tmp_path / "mine"
 
 
 # ---- device, dtype, kernel ----
@@ -194,29 +194,29 @@ def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cpu cuda"])
 def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(UsageError, match="is not a torch device; use cpu, cuda or cuda:N"):
-        loading.check_device(device)
+        devices.check_device(device)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_cuda_is_refused_where_there_is_none(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loading.check_device("cpu")
+    devices.check_device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=f"device={device} asked for, but torch sees no CUDA"):
-        loading.check_device(device)
+        devices.check_device(device)
 
 
 @pytest.mark.parametrize("device", ["mps", "meta", "xpu"])
 def test_a_device_that_was_never_tried_is_refused(device: str) -> None:
     with pytest.raises(UsageError, match=f"device='{device}' has not been tried"):
-        loading.check_device(device)
+        devices.check_device(device)
 
 
 def test_a_cuda_device_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    loading.check_device("cuda:1")
+    devices.check_device("cuda:1")
     with pytest.raises(UsageError, match="device=cuda:2 asked for, but torch sees 2 CUDA devices"):
-        loading.check_device("cuda:2")
+        devices.check_device("cuda:2")
 
 
 @pytest.mark.parametrize(
@@ -230,13 +230,13 @@ def test_a_cuda_device_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_auto_is_float32_on_the_cpu_only(dtype: str, device: str, expected: torch.dtype) -> None:
-    assert loading.resolve_dtype(dtype, device) == expected
+    assert devices.resolve_dtype(dtype, device) == expected
 
 
 @pytest.mark.parametrize("dtype", ["f8", "fp16", "float64", ""])
 def test_an_unknown_dtype_is_refused_with_the_list(dtype: str) -> None:
     with pytest.raises(UsageError, match=f"unknown dtype '{dtype}'.* float32, bfloat16, float16"):
-        loading.resolve_dtype(dtype, "cpu")
+        devices.resolve_dtype(dtype, "cpu")
 
 
 def test_an_unknown_kernel_is_refused_with_a_guess() -> None:

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,27 +12,12 @@ from kvarena.tasks.base import Sample
 from kvarena.tasks.haystack import load_sentences, split_sentences
 from kvarena.tasks.needle import Needle
 from kvarena.tasks.needle.task import spread_depths
+from toy_tokenizers import WordTokenizer
 
 ANSWER = Sample(id="a", prompt_token_ids=(1,), references=("1234567",), max_new_tokens=32)
 
 
-@dataclass
-class WordTokenizer:
-    """One token for each word with the whitespace before it, numbered as they come."""
-
-    chat_template: str | None = None
-    words: list[str] = field(default_factory=list)
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        found = re.findall(r"\s*\S+", text)
-        self.words += [word for word in dict.fromkeys(found) if word not in self.words]
-        return [self.words.index(word) for word in found]
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(self.words[token_id] for token_id in token_ids)
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: object) -> str:
-        return f"SYSTEM be brief USER {conversation[0]['content']} ASSISTANT"
+TEMPLATE = "SYSTEM be brief USER {} ASSISTANT"
 
 
 @pytest.fixture
@@ -80,7 +65,7 @@ def test_samples_start_at_different_sentences(folder):
     assert len({s.prompt_token_ids[intro : intro + 2] for s in found}) > 5
 
 
-@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
 @pytest.mark.parametrize("length", [100, 301, 2000])  # 2000 is several times the whole folder
 def test_prompts_are_as_long_as_allowed_but_not_longer(folder, length, template):
     _, found = samples(folder, lengths=[length], num_seeds=3, template=template)
@@ -89,7 +74,7 @@ def test_prompts_are_as_long_as_allowed_but_not_longer(folder, length, template)
         assert length - 8 < len(sample.prompt_token_ids) <= length
 
 
-@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_the_needle_stands_at_its_depth(folder, template):
     tokenizer, found = samples(folder, lengths=[200, 500], num_seeds=4, template=template)
     for sample in found:
@@ -120,7 +105,7 @@ def test_the_prompt_holds_number_and_question_once_and_ends_with_the_question(fo
         assert text.count(question) == 1
 
 
-@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_the_question_is_all_that_follows_the_haystack(folder, template):
     tokenizer, found = samples(folder, lengths=[300], template=template)
     for sample in found:
@@ -130,7 +115,7 @@ def test_the_question_is_all_that_follows_the_haystack(folder, template):
 
 
 def test_the_prompt_with_one_needle_is_what_it_was_before_there_could_be_more(folder):
-    _, found = samples(folder, lengths=[300], depths=[50], template="any")
+    _, found = samples(folder, lengths=[300], depths=[50], template=TEMPLATE)
     assert found[0].id == "152e57e23b8e3af2"
     assert not {"num_needles", "keys"} & set(found[0].meta)
 
@@ -138,7 +123,7 @@ def test_the_prompt_with_one_needle_is_what_it_was_before_there_could_be_more(fo
 MANY = [(2, 1), (3, 1), (3, 2), (3, 3), (4, 2), (12, 5)]
 
 
-@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
 @pytest.mark.parametrize(("num_needles", "num_asked"), MANY)
 def test_several_needles_stand_where_meta_says(folder, num_needles, num_asked, template):
     options = {"num_needles": num_needles, "num_asked": num_asked, "num_seeds": 2}
@@ -168,7 +153,7 @@ def test_several_needles_stand_where_meta_says(folder, num_needles, num_asked, t
         assert " ".join(words).count("The special magic number for") == num_needles
 
 
-@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
 @pytest.mark.parametrize(("num_needles", "num_asked"), MANY)
 def test_prompts_with_several_needles_are_as_long_as_allowed(
     folder, num_needles, num_asked, template
@@ -209,7 +194,7 @@ def test_more_needles_leave_the_first_and_the_start_of_the_text_alone(folder):
         assert alone.references == among.references
 
 
-@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_the_question_names_the_keys_asked_for_and_no_other(folder, template):
     one, more = (
         "What is the special magic number for {}",
@@ -299,17 +284,12 @@ def test_an_answer_counts_when_it_holds_the_whole_number(text, score):
     assert Needle().score(ANSWER, text) == {"score": score}
 
 
-class LongTemplate(WordTokenizer):
-    """64 words around the text, so that the least length the constructor takes is too small."""
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: object) -> str:
-        return "word " * 64 + conversation[0]["content"]
-
-
 def test_a_length_without_room_for_the_needle_is_refused_with_the_least_possible(folder):
+    """64 words stand around the text: the least length that the constructor takes is too small."""
+
     def build(length: int) -> list[Sample]:
         task = Needle(lengths=[length], depths=[0], haystack=str(folder))
-        return task.samples(LongTemplate(chat_template="any"), 0)
+        return task.samples(WordTokenizer("word " * 64 + "{}"), 0)
 
     with pytest.raises(ValueError, match=r"length 64 is too small.* takes \d+ tokens") as refusal:
         build(64)

@@ -24,8 +24,8 @@ from kvarena.harness.report.paper_markup import (
     MISSING,
     TIE,
     UNBOUND,
-    Entry,
     Grid,
+    StyledText,
     escape_latex,
     escape_markdown,
     latex_file,
@@ -72,7 +72,7 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame) -> list[Grid]:
 
 
 def texts(table: Grid, policy: str) -> list[str]:
-    return [entry.text for entry in table.lines[policy]]
+    return [one.text for one in table.lines[policy]]
 
 
 def test_scores_stand_by_policy_and_budget_under_the_full_cache() -> None:
@@ -89,7 +89,7 @@ def test_scores_stand_by_policy_and_budget_under_the_full_cache() -> None:
 def test_the_best_that_evicts_is_bold_at_each_budget() -> None:
     rows = needle_rows()
     table = grids(compare_cells(rows), rows)[0]
-    bold = {name: [entry.bold for entry in entries] for name, entries in table.lines.items()}
+    bold = {name: [one.bold for one in texts] for name, texts in table.lines.items()}
     assert bold.pop("tova") == [True, False]
     assert bold.pop("keydiff") == [False, True]
     assert not any(map(any, bold.values()))
@@ -139,12 +139,12 @@ def test_best_and_ties_are_marked_in_each_part() -> None:
     rows = benchmark_rows()
     table = grids(compare_cells(rows), rows)[2]
     for place in range(3):
-        marks = {name: entries[place] for name, entries in table.lines.items() if name != "full"}
-        assert sum(entry.bold for entry in marks.values()) == 1
+        marks = {name: texts[place] for name, texts in table.lines.items() if name != "full"}
+        assert sum(one.bold for one in marks.values()) == 1
         assert not marks["tova"].bold
         assert "†" not in marks["tova"].text
     near = [*table.lines["keydiff"], *table.lines["snap_kv"]]
-    assert any("†" in entry.text for entry in near)
+    assert any("†" in one.text for one in near)
 
 
 def test_a_cell_with_missing_samples_shows_no_score_in_any_part() -> None:
@@ -225,7 +225,7 @@ def test_numbers_have_their_nouns(num: int, words: str) -> None:
 
 
 def bold_lines(table: Grid, place: int = 0) -> list[str]:
-    return [name for name, entries in table.lines.items() if entries[place].bold]
+    return [name for name, texts in table.lines.items() if texts[place].bold]
 
 
 def test_one_policy_alone_is_not_the_best() -> None:
@@ -294,9 +294,12 @@ def test_latex_sets_every_sign_as_it_is() -> None:
 
 
 def awkward_grid(num_columns: int = 2) -> Grid:
-    entries = [Entry(f"{MINUS}1.0* [0, 2]", bold=True), *[Entry(MISSING)] * (num_columns - 1)]
+    texts = [
+        StyledText(f"{MINUS}1.0* [0, 2]", bold=True),
+        *[StyledText(MISSING)] * (num_columns - 1),
+    ]
     columns = ["25%", *["p_1"] * (num_columns - 1)]
-    return Grid("some-name", "50% of a_b.", columns, {"full": entries, AWKWARD: entries}, ["p < 1"])
+    return Grid("some-name", "50% of a_b.", columns, {"full": texts, AWKWARD: texts}, ["p < 1"])
 
 
 def test_a_markdown_table_has_as_many_cells_in_every_line() -> None:

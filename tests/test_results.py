@@ -12,7 +12,8 @@ import pytest
 from kvarena.harness.analysis.row_frame import read_rows
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import file_name
-from kvarena.harness.store.cell_folder import SCHEMA_VERSION, CellFolder, find_cells, read_status
+from kvarena.harness.store.cell_files import find_cells, read_status
+from kvarena.harness.store.cell_folder import SCHEMA_VERSION, CellFolder
 from kvarena.harness.store.shards import parse_shard
 
 IDENTITY = {

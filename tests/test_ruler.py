@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from kvarena.tasks.ruler.prompts import (
     QUESTION_ANSWERING,
     SINGULAR,
     VARIABLE_TRACKING,
-    Prompt,
+    PromptParts,
     Recipe,
 )
 from kvarena.tasks.ruler.task import ANSWER_TOKENS, OFFLINE_TASKS
+from toy_tokenizers import WordTokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "ruler" / "4096"
 LENGTH = 1500
@@ -37,25 +38,7 @@ LENGTH = 1500
 UNIT_WORDS = {"niah_single_1": 20, "vt": 20, "niah_multikey_2": 10, "niah_multikey_3": 10}
 
 
-@dataclass
-class WordTokenizer:
-    """One token for each word with the whitespace before it, numbered as they come."""
-
-    chat_template: str | None = "any"
-    numbers: dict[str, int] = field(default_factory=dict)
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        words = re.findall(r"\s*\S+|\s+$", text)
-        return [self.numbers.setdefault(word, len(self.numbers)) for word in words]
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        words = list(self.numbers)
-        return "".join(words[token_id] for token_id in token_ids)
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: object) -> str:
-        assert kwargs == {"tokenize": False, "add_generation_prompt": True}
-        assert [turn["role"] for turn in conversation] == ["user"]
-        return f"SYSTEM be brief USER {conversation[0]['content'].strip()} ASSISTANT\n"
+TEMPLATE = "SYSTEM be brief USER {} ASSISTANT\n"
 
 
 @dataclass(frozen=True)
@@ -77,7 +60,7 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def made(folder: str, *tasks: str, seed: int = 0, template: str | None = "any", **options: Any):
+def made(folder: str, *tasks: str, seed: int = 0, template: str | None = TEMPLATE, **options: Any):
     tokenizer = WordTokenizer(chat_template=template)
     options = {"lengths": [LENGTH], "num_samples": 3, "haystack": folder} | options
     found = Ruler(tasks=tasks or OFFLINE_TASKS, **options).samples(tokenizer, seed)
@@ -117,7 +100,7 @@ def test_another_seed_or_number_gives_other_answers(folder):
     assert len({m.sample.references for m in found}) == 44
 
 
-@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
 @pytest.mark.parametrize("task", OFFLINE_TASKS)
 def test_prompt_and_answer_are_as_long_as_allowed_but_not_longer(folder, task, template):
     for length in (LENGTH, 4100):
@@ -139,7 +122,7 @@ PREFIXES = {
 NIAH_PREFIX = r" The special magic (number|uuid)s? for .* mentioned in the provided text (is|are)"
 
 
-@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_the_answer_is_begun_after_the_turn(folder, template):
     for m in made(folder, num_samples=1, template=template):
         task = m.sample.meta["ruler_task"]
@@ -148,7 +131,7 @@ def test_the_answer_is_begun_after_the_turn(folder, template):
         assert re.fullmatch(PREFIXES.get(task, NIAH_PREFIX), begun)
 
 
-@pytest.mark.parametrize("template", [None, "any"])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_the_question_tokens_are_what_follows_the_context(folder, template):
     for m in made(folder, num_samples=1, template=template):
         niah = m.sample.meta["ruler_task"] in NIAH_TASKS
@@ -409,11 +392,11 @@ def test_more_samples_than_questions_are_refused(qa_files):
 def test_the_largest_size_is_found_in_few_tries(tokens_of_unit):
     tries = []
 
-    def make(size: int) -> Prompt:
+    def make(size: int) -> PromptParts:
         tries.append(size)
         # Odd units take more, so that guesses are a little off.
         context = "w " * (tokens_of_unit * size + size % 2)
-        return Prompt(before="", context=context, after="", prefix="", references=())
+        return PromptParts(before="", context=context, after="", prefix="", references=())
 
     best = Recipe(make=make, smallest=3).fitted(lambda p: len(p.context.split()), 10_000)
     assert 10_000 - 2 * tokens_of_unit <= len(best.context.split()) <= 10_000

@@ -9,12 +9,14 @@ import pytest
 from test_rescore_and_status import cell as needle_cell
 from test_rescore_and_status import row as needle_row
 
-from faulty import Kvarena, comparable, no_model_loads, read_rows
+from faulty import Kvarena, comparable, no_model_loads, read_rows, stopped_after_one_row
 from kvarena.harness.analysis.row_frame import read_rows as read_tidy
 from kvarena.harness.cells.rescore import rescore_cell
 from kvarena.harness.errors import LockedError, UsageError
 from kvarena.harness.report.status import cell_statuses
-from kvarena.harness.store.cell_folder import CellFolder, find_cells, read_lines, read_status
+from kvarena.harness.store.cell_files import find_cells, read_status
+from kvarena.harness.store.cell_folder import CellFolder
+from kvarena.harness.store.row_files import read_lines
 from kvarena.harness.store.shards import Shard, parse_shard
 from kvarena.tasks.needle import Needle
 from toy_folder import toy_overrides
@@ -118,19 +120,8 @@ def test_a_limit_takes_samples_away_and_moves_none(kvarena: Kvarena) -> None:
     assert len(all_rows(kvarena.results)) == len(ids(all_rows(kvarena.results))) == 6
 
 
-def test_a_stopped_shard_goes_on_where_it_stopped(
-    kvarena: Kvarena, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append, written = CellFolder.append, []
-
-    def stop_after_one(folder: CellFolder, row: dict[str, Any]) -> None:
-        if written:
-            raise KeyboardInterrupt
-        written.append(row["sample_id"])
-        append(folder, row)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CellFolder, "append", stop_after_one)
+def test_a_stopped_shard_goes_on_where_it_stopped(kvarena: Kvarena) -> None:
+    with stopped_after_one_row() as written:
         assert kvarena("shard=2/2").code == 130
     assert kvarena("shard=2/2").code == 0
     rows = all_rows(kvarena.results)

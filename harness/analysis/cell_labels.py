@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from kvarena.harness.store.cell_folder import flat
+from kvarena.harness.store.cell_files import flat
 from kvarena.tasks.base import content_id
 
 _METHOD = ("policy", "shape", "codec")  # what a policy's label stands for

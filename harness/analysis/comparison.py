@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,9 @@ from kvarena.harness.budget import parse_budget
 from kvarena.harness.errors import UsageError
 from kvarena.harness.store.columns import SUMMARY
 
-SECTION = ["task", "model", "variant"]
-CELL = [*SECTION, "policy", "budget"]
+# Cells compare with those of the same task, model and variant: together they are a contest.
+CONTEST = ["task", "model", "variant"]
+CELL = [*CONTEST, "policy", "budget"]
 NUMBERS = ["score", "kv_bytes_kept", "kv_bytes_peak", "ttft_sec", "decode_tokens_per_sec"]
 # Texts that rows may lack.
 _OPTIONAL = ["variant", "part", "document", "run_id"]
@@ -65,7 +66,8 @@ def is_rival(policy: str, num_compressed: float) -> bool:
     return has_codec(policy) or num_compressed != 0  # NaN: the rows do not say
 
 
-Cell = tuple[str, str]  # policy and budget
+CellKey = tuple[str, str]  # policy and budget
+Line = Mapping[Hashable, Any]  # of a frame, by column
 
 
 def compare_cells(
@@ -82,11 +84,11 @@ def compare_cells(
 
     Raises UsageError for missing columns and no rows; warns of rows that repeat a sample and seed.
     """
-    found = [_compare_section(section) for section in _sections(rows, allow_partial, bounds)]
+    found = [_compare_contest(contest) for contest in _contests(rows, allow_partial, bounds)]
     table = pd.DataFrame(list(itertools.chain(*found)), columns=[*CELL, *_OF_CELLS])
     ascending = sorted(table["budget"].unique(), key=lambda label: parse_budget(label).sort_key)
     rank = table["budget"].map({label: place for place, label in enumerate(ascending)})
-    by = [*SECTION, "rank", "score", "policy"]
+    by = [*CONTEST, "rank", "score", "policy"]
     ranked = table.assign(rank=rank).sort_values(by, ascending=[True] * 4 + [False, True])
     return ranked.drop(columns="rank").reset_index(drop=True)
 
@@ -100,23 +102,23 @@ def compare_pairs(rows: pd.DataFrame, *, allow_partial: bool = False) -> pd.Data
     Raises and warns as compare_cells does.
     """
     found = []
-    for section in _sections(rows, allow_partial, (0.0, 1.0)):
-        for budget in section.cells["budget"].unique():
-            policies = sorted(section.cells.loc[section.cells["budget"] == budget, "policy"])
+    for contest in _contests(rows, allow_partial, (0.0, 1.0)):
+        for budget in contest.cells["budget"].unique():
+            policies = sorted(contest.cells.loc[contest.cells["budget"] == budget, "policy"])
             lines = []
             for policy, other in itertools.combinations(policies, 2):
-                difference = section.difference((policy, budget), (other, budget))
+                difference = contest.difference((policy, budget), (other, budget))
                 labels = {"budget": budget, "policy": policy, "other": other}
-                lines.append(section.labels | labels | _columns(difference))
+                lines.append(contest.labels | labels | _columns(difference))
             corrected = holm([line["p_value"] for line in lines]).tolist()
             for line, p_holm in zip(lines, corrected, strict=True):
                 found.append(line | {"p_holm": p_holm, "verdict": _verdict(line, p_holm)})
-    return pd.DataFrame(found, columns=[*SECTION, *_OF_PAIRS])
+    return pd.DataFrame(found, columns=[*CONTEST, *_OF_PAIRS])
 
 
 @dataclass(frozen=True)
-class _Section:
-    """The cells of one task, model and variant.
+class _Contest:
+    """The cells of one task, model and variant, which compare with each other alone.
 
     cells: one line per policy and budget, with its counts, medians and largest values.
     samples: of each cell that may show a score: score, document and part by sample_id, in order.
@@ -124,16 +126,16 @@ class _Section:
 
     labels: dict[str, str]
     cells: pd.DataFrame
-    samples: dict[Cell, pd.DataFrame]
+    samples: dict[CellKey, pd.DataFrame]
     bounds: Bounds | None
 
-    def interval(self, cell: Cell) -> Interval:
+    def interval(self, cell: CellKey) -> Interval:
         if cell not in self.samples:
             return mean_interval([])
         own = self.samples[cell]
         return mean_interval(own["score"], own["document"], own["part"], bounds=self.bounds)
 
-    def difference(self, cell: Cell, other: Cell | None) -> Difference:
+    def difference(self, cell: CellKey, other: CellKey | None) -> Difference:
         """Score of ``cell`` minus score of ``other`` over the samples of both."""
         if other is None or cell not in self.samples or other not in self.samples:
             return paired_difference([], [])
@@ -144,37 +146,37 @@ class _Section:
         )
 
 
-def _compare_section(section: _Section) -> list[dict[str, Any]]:
+def _compare_contest(contest: _Contest) -> list[dict[str, Any]]:
     """Lines of compare_cells. Any: texts, numbers and flags."""
-    names = section.cells["policy"].tolist()
-    keys: list[Cell] = list(zip(names, section.cells["budget"], strict=True))
+    names = contest.cells["policy"].tolist()
+    keys: list[CellKey] = list(zip(names, contest.cells["budget"], strict=True))
     full = [key for key in keys if is_full_cache(key[0])]
     reference = full[0] if len(full) == 1 else None
     lines = [
         {str(name): value for name, value in line.items()}
-        for line in section.cells.to_dict("records")
+        for line in contest.cells.to_dict("records")
     ]
     for key, line in zip(keys, lines, strict=True):
-        interval = section.interval(key)
-        line |= section.labels
+        interval = contest.interval(key)
+        line |= contest.labels
         line |= {"score": interval.mean, "score_se": interval.se}
         line |= {"score_low": interval.low, "score_high": interval.high}
         line |= {"is_best": False, "ties_best": False}
-        line |= _columns(section.difference(key, None if key in full else reference))
-    for budget in section.cells["budget"].unique():
+        line |= _columns(contest.difference(key, None if key in full else reference))
+    for budget in contest.cells["budget"].unique():
         own = [line for line in lines if line["budget"] == budget]
         corrected = holm([line["p_value"] for line in own]).tolist()
         for line, p_holm in zip(own, corrected, strict=True):
             line["p_holm"] = p_holm
         _mark_best(
-            section, [line for line in own if is_rival(line["policy"], line["num_compressed"])]
+            contest, [line for line in own if is_rival(line["policy"], line["num_compressed"])]
         )
     return lines
 
 
-def _mark_best(section: _Section, lines: list[dict[str, Any]]) -> None:
+def _mark_best(contest: _Contest, lines: list[dict[str, Any]]) -> None:
     scored = [line for line in lines if not math.isnan(line["score"])]
-    if len({frozenset(section.samples[_key(line)].index) for line in scored}) > 1:
+    if len({frozenset(contest.samples[_key(line)].index) for line in scored}) > 1:
         return  # a mean over easier samples is not a better policy
     highest = max((line["score"] for line in scored), default=math.nan)
     for line in scored:
@@ -182,11 +184,11 @@ def _mark_best(section: _Section, lines: list[dict[str, Any]]) -> None:
     best = [line for line in scored if line["is_best"]]
     for line in scored:
         line["ties_best"] = not line["is_best"] and any(
-            section.difference(_key(line), _key(one)).p_value >= SIGNIFICANCE for one in best
+            contest.difference(_key(line), _key(one)).p_value >= SIGNIFICANCE for one in best
         )
 
 
-def _key(line: dict[str, Any]) -> Cell:
+def _key(line: dict[str, Any]) -> CellKey:
     return line["policy"], line["budget"]
 
 
@@ -209,15 +211,15 @@ def _verdict(line: dict[str, Any], p_holm: float) -> str:
     return f"{better} is better" if p_holm < SIGNIFICANCE else "tie"
 
 
-def _sections(rows: pd.DataFrame, allow_partial: bool, bounds: Bounds | None) -> Iterator[_Section]:
+def _contests(rows: pd.DataFrame, allow_partial: bool, bounds: Bounds | None) -> Iterator[_Contest]:
     needed = ["task", "model", "policy", "budget", "sample_id", "seed", "status", "slots"]
     if "status" in rows and not (rows["status"] == "ok").any():  # nothing was ever measured
         rows = rows.assign(**{name: math.nan for name in [*NUMBERS, "slots"] if name not in rows})
     require_columns(rows, [*needed, *NUMBERS])
-    for _, section in _with_defaults(rows).groupby(SECTION, sort=False):
-        ok = section[section["ok"]]
-        measures = section[NUMBERS].where(section["ok"]).join(section[["policy", "budget", "ok"]])
-        cells = measures.join(section["slots"]).groupby(["policy", "budget"], sort=False)
+    for _, own in _with_defaults(rows).groupby(CONTEST, sort=False):
+        ok = own[own["ok"]]
+        measures = own[NUMBERS].where(own["ok"]).join(own[["policy", "budget", "ok"]])
+        cells = measures.join(own["slots"]).groupby(["policy", "budget"], sort=False)
         table = cells.agg(
             num_ok=("ok", "sum"),
             kv_bytes_kept=("kv_bytes_kept", "median"),
@@ -226,8 +228,8 @@ def _sections(rows: pd.DataFrame, allow_partial: bool, bounds: Bounds | None) ->
             decode_tokens_per_sec=("decode_tokens_per_sec", "median"),
             slots=("slots", "max"),
         )
-        runs = section.groupby(["policy", "budget", "run_id", "seed"])["num_planned"].first()
-        table["num_planned"] = runs.groupby(["policy", "budget"]).sum().astype(int)
+        folders = own.groupby(["policy", "budget", "run_id", "seed"])["num_planned"].first()
+        table["num_planned"] = folders.groupby(["policy", "budget"]).sum().astype(int)
         documents = ok.drop_duplicates(["policy", "budget", "part", "document"])
         counts = documents.groupby(["policy", "budget"]).size()
         table["num_documents"] = counts.reindex(table.index, fill_value=0)
@@ -238,14 +240,14 @@ def _sections(rows: pd.DataFrame, allow_partial: bool, bounds: Bounds | None) ->
         complete = table["num_ok"] >= table["num_planned"]
         shown = table.index[complete | allow_partial]
         samples = {
-            (str(policy), str(budget)): own.groupby("sample_id").agg(
+            (str(policy), str(budget)): of_cell.groupby("sample_id").agg(
                 score=("score", "mean"), document=("document", "first"), part=("part", "first")
             )
-            for (policy, budget), own in ok.groupby(["policy", "budget"])
+            for (policy, budget), of_cell in ok.groupby(["policy", "budget"])
             if (policy, budget) in shown
         }
-        labels = {name: str(section[name].iloc[0]) for name in SECTION}
-        yield _Section(labels, table.reset_index(), samples, bounds)
+        labels = {name: str(own[name].iloc[0]) for name in CONTEST}
+        yield _Contest(labels, table.reset_index(), samples, bounds)
 
 
 def _with_defaults(rows: pd.DataFrame) -> pd.DataFrame:

@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
+from kvarena.harness.analysis.comparison import Line
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import choices, load_choice, named_class, one_of
@@ -33,8 +33,6 @@ SCORE_SCALE = {"percent": 0.01, "share": 1.0}  # what makes a score 0 to 1
 ONCE = ("paper", "table", "model", "task", "part", "metric", "policy", "budget")
 UNKNOWN = "not stated"  # a model or task that the source does not name; it equals no other
 
-# Any: what a column of a frame holds.
-Line = Mapping[Any, Any]
 # What must be equal for two scores to be comparable.
 Identity = tuple[str, frozenset[str], str, str, str]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from kvarena.harness.analysis.cell_labels import policy_labels, variants
-from kvarena.harness.store.cell_folder import read_manifest, read_status
+from kvarena.harness.store.cell_files import read_manifest, read_status
 from kvarena.harness.store.row_files import codecs_used, read_lines, read_sample_ids
 
 _TEXTS = ("budget", "variant", "part")  # empty ones would come back as not-a-number

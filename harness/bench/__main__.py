@@ -1,7 +1,7 @@
 """The bench: how fast the engine is on the present machine, beside what others do there.
 
 ``python -m kvarena.harness.bench`` writes results/bench/<name>.csv, .md and -targets.csv and prints
-the Markdown. All of a section's variants are measured in interleaved rounds; see results/README.md
+the Markdown. All of a section's cases are measured in interleaved rounds; see results/README.md
 for the columns.
 """
 
@@ -9,8 +9,9 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from kvarena.harness.bench.engine_cases import decode, prefill
 from kvarena.harness.bench.jobs import jobs
-from kvarena.harness.bench.measure import Case, Variant
+from kvarena.harness.bench.measure import Case, TimedCase
 from kvarena.harness.bench.peers import (
     KvpressServer,
     dynamic_cache_decode,
@@ -20,19 +21,18 @@ from kvarena.harness.bench.peers import (
 from kvarena.harness.bench.phases import phases
 from kvarena.harness.bench.roofline import roofline
 from kvarena.harness.bench.sections import Section, chosen, quiet_command, run_sections
-from kvarena.harness.bench.sizes import CHIEF, DEFAULT, FULL, QUICK, Plan, evicting_policies
-from kvarena.harness.bench.speed import decode, prefill
+from kvarena.harness.bench.sizes import CHIEF, DEFAULT, FULL, QUICK, Sizes, evicting_policies
 from kvarena.harness.bench.subjects import Subject, bundled_model, toy
 from kvarena.harness.bench.targets import targets
 
 SECTIONS = ("prefill", "decode", "policies", "phases", "job", "roofline")
 
 
-def prefills(subject: Subject, plan: Plan, kvpress: KvpressServer | None) -> list[Variant]:
+def prefills(subject: Subject, sizes: Sizes, kvpress: KvpressServer | None) -> list[TimedCase]:
     """By prompt length, in chunks of both widths, and by the peers at once."""
-    budget_tokens = plan.budget_tokens
+    budget_tokens = sizes.budget_tokens
 
-    def ours(policy: str, prompt_tokens: int, chunk_tokens: int) -> Variant:
+    def ours(policy: str, prompt_tokens: int, chunk_tokens: int) -> TimedCase:
         return prefill(
             subject,
             policy,
@@ -42,12 +42,12 @@ def prefills(subject: Subject, plan: Plan, kvpress: KvpressServer | None) -> lis
             chunk_tokens=chunk_tokens,
         )
 
-    longest, wide = plan.wide_lengths[-1], plan.wide_chunk_tokens
-    found = [ours(policy, n, plan.chunk_tokens) for n in plan.lengths for policy in CHIEF]
-    found += [ours(policy, n, wide) for n in plan.wide_lengths for policy in CHIEF]
+    longest, wide = sizes.wide_lengths[-1], sizes.wide_chunk_tokens
+    found = [ours(policy, n, sizes.chunk_tokens) for n in sizes.lengths for policy in CHIEF]
+    found += [ours(policy, n, wide) for n in sizes.wide_lengths for policy in CHIEF]
     others = [name for name in evicting_policies(see_attention=False) if name not in CHIEF]
     found += [ours(policy, longest, wide) for policy in others]
-    for prompt_tokens in plan.wide_lengths:
+    for prompt_tokens in sizes.wide_lengths:
         found.append(generate_prefill(subject, section="prefill", prompt_tokens=prompt_tokens))
         if kvpress is not None:
             case = Case(
@@ -58,18 +58,18 @@ def prefills(subject: Subject, plan: Plan, kvpress: KvpressServer | None) -> lis
                 attention="sdpa",
                 prompt_tokens=prompt_tokens,
                 budget_tokens=budget_tokens,
-                chunk_tokens=plan.chunk_tokens,
+                chunk_tokens=sizes.chunk_tokens,
                 slots=1,
             )
             found.append(kvpress_prefill(kvpress, subject, case))
     return found
 
 
-def decodes(subject: Subject, plan: Plan) -> list[Variant]:
+def decodes(subject: Subject, sizes: Sizes) -> list[TimedCase]:
     """By slots and cache: evicting at every token, full attention, and DynamicCache."""
     found = []
-    for cache_tokens in plan.caches:
-        for slots in plan.slots:
+    for cache_tokens in sizes.caches:
+        for slots in sizes.slots:
             found += [
                 decode(
                     subject,
@@ -77,7 +77,7 @@ def decodes(subject: Subject, plan: Plan) -> list[Variant]:
                     section="decode",
                     slots=slots,
                     cache_tokens=cache_tokens,
-                    passes=plan.passes,
+                    passes=sizes.passes,
                 )
                 for policy in (*CHIEF, "full")
             ]
@@ -87,22 +87,22 @@ def decodes(subject: Subject, plan: Plan) -> list[Variant]:
                     section="decode",
                     slots=slots,
                     cache_tokens=cache_tokens,
-                    passes=plan.passes,
+                    passes=sizes.passes,
                 )
             )
     return found
 
 
-def policies(subject: Subject, plan: Plan) -> list[Variant]:
+def policies(subject: Subject, sizes: Sizes) -> list[TimedCase]:
     """Each policy beside the others: a whole prefill, and decode steps at equal cache length."""
     found = [
         prefill(
             subject,
             policy,
             section="policies",
-            prompt_tokens=plan.policy_length,
-            budget_tokens=plan.budget_tokens,
-            chunk_tokens=plan.chunk_tokens,
+            prompt_tokens=sizes.policy_length,
+            budget_tokens=sizes.budget_tokens,
+            chunk_tokens=sizes.chunk_tokens,
         )
         for policy in evicting_policies()
     ]
@@ -113,25 +113,25 @@ def policies(subject: Subject, plan: Plan) -> list[Variant]:
             section="policies",
             slots=slots,
             cache_tokens=cache_tokens,
-            passes=plan.passes,
+            passes=sizes.passes,
         )
-        for slots, cache_tokens in plan.policy_shapes
+        for slots, cache_tokens in sizes.policy_shapes
         for policy in ("full", *evicting_policies())
     ]
     return found
 
 
 def sections(
-    subject: Subject, plan: Plan, kvpress: KvpressServer | None = None
+    subject: Subject, sizes: Sizes, kvpress: KvpressServer | None = None
 ) -> dict[str, Section]:
     """What ``--only`` can name, in the order of a whole run."""
     return {
-        "prefill": Section(variants=lambda: prefills(subject, plan, kvpress), rounds=plan.rounds),
-        "decode": Section(variants=lambda: decodes(subject, plan), rounds=plan.rounds),
-        "policies": Section(variants=lambda: policies(subject, plan), rounds=plan.rounds),
-        "phases": Section(variants=lambda: phases(subject, plan), rounds=plan.rounds),
-        "job": Section(variants=lambda: jobs(subject, plan, kvpress), rounds=plan.job_rounds),
-        "roofline": Section(variants=lambda: roofline(subject, plan), rounds=plan.rounds),
+        "prefill": Section(cases=lambda: prefills(subject, sizes, kvpress), rounds=sizes.rounds),
+        "decode": Section(cases=lambda: decodes(subject, sizes), rounds=sizes.rounds),
+        "policies": Section(cases=lambda: policies(subject, sizes), rounds=sizes.rounds),
+        "phases": Section(cases=lambda: phases(subject, sizes), rounds=sizes.rounds),
+        "job": Section(cases=lambda: jobs(subject, sizes, kvpress), rounds=sizes.job_rounds),
+        "roofline": Section(cases=lambda: roofline(subject, sizes), rounds=sizes.rounds),
     }
 
 
@@ -146,14 +146,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/bench"), metavar="FOLDER")
     with quiet_command(), contextlib.ExitStack() as stack:
         options = parser.parse_args()
-        plan = QUICK if options.quick else FULL if options.full else DEFAULT
+        sizes = QUICK if options.quick else FULL if options.full else DEFAULT
         subject = toy() if options.quick else bundled_model()
         kvpress = None
         if options.kvpress_python:
             kvpress = stack.enter_context(KvpressServer(options.kvpress_python, subject.folder))
-        wanted = chosen(sections(subject, plan, kvpress), options.only)
-        stem = options.results / "-".join(filter(None, (plan.name, options.only)))
-        print(run_sections(subject, wanted, lambda measured: targets(measured, plan), stem))
+        wanted = chosen(sections(subject, sizes, kvpress), options.only)
+        stem = options.results / "-".join(filter(None, (sizes.name, options.only)))
+        print(run_sections(subject, wanted, lambda measured: targets(measured, sizes), stem))
 
 
 if __name__ == "__main__":

@@ -13,24 +13,24 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvarena.harness.bench.measure import Case, Variant, now_sec, select
+from kvarena.harness.bench.engine_cases import prefill
+from kvarena.harness.bench.measure import Case, TimedCase, now_sec, select
 from kvarena.harness.bench.roofline import POLICY, machine, rated_pass
 from kvarena.harness.bench.sections import Section, chosen, quiet_command, run_sections
 from kvarena.harness.bench.sizes import evicting_policies
-from kvarena.harness.bench.speed import prefill
 from kvarena.harness.bench.subjects import Subject, llama_8b, toy
 from kvarena.harness.bench.targets import TARGET_COLUMNS, check
 from kvarena.harness.engine import Engine
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models.loading import check_device
+from kvarena.harness.models.devices import check_device
 from kvarena.harness.registry import build, load_choice
 
 SECTIONS = ("prefill", "roofline", "end_to_end")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuPlan:
-    """Units: tokens, unless the name says otherwise; see ``plan.Plan``.
+class GpuSizes:
+    """Units: tokens, unless the name says otherwise; see ``bench/sizes.py``.
 
     budgets: N; end_tokens: prompt and answer of end_to_end, under the first of the budgets.
     """
@@ -47,7 +47,7 @@ class GpuPlan:
     stream_floats: int
 
 
-GPU = GpuPlan(
+GPU = GpuSizes(
     name="gpu",
     rounds=3,
     lengths=(8000, 32000, 128000),
@@ -59,7 +59,7 @@ GPU = GpuPlan(
     matmul_rows=8192,
     stream_floats=2**28,
 )
-TOY = GpuPlan(
+TOY = GpuSizes(
     name="gpu-toy",
     rounds=2,
     lengths=(128, 256),
@@ -73,18 +73,18 @@ TOY = GpuPlan(
 )
 
 
-def sections(subject: Subject, plan: GpuPlan) -> dict[str, Section]:
+def sections(subject: Subject, sizes: GpuSizes) -> dict[str, Section]:
     """What ``--only`` can name, in the order of a whole run."""
     return {
-        "prefill": Section(variants=lambda: prefills(subject, plan), rounds=plan.rounds),
-        "roofline": Section(variants=lambda: passes(subject, plan), rounds=plan.rounds),
-        "end_to_end": Section(variants=lambda: end_to_end(subject, plan), rounds=plan.rounds),
+        "prefill": Section(cases=lambda: prefills(subject, sizes), rounds=sizes.rounds),
+        "roofline": Section(cases=lambda: passes(subject, sizes), rounds=sizes.rounds),
+        "end_to_end": Section(cases=lambda: end_to_end(subject, sizes), rounds=sizes.rounds),
     }
 
 
-def prefills(subject: Subject, plan: GpuPlan) -> list[Variant]:
+def prefills(subject: Subject, sizes: GpuSizes) -> list[TimedCase]:
     """Every policy at every length and budget, and the full cache."""
-    wanted = [(policy, budget) for budget in plan.budgets for policy in evicting_policies()]
+    wanted = [(policy, budget) for budget in sizes.budgets for policy in evicting_policies()]
     return [
         prefill(
             subject,
@@ -92,21 +92,21 @@ def prefills(subject: Subject, plan: GpuPlan) -> list[Variant]:
             section="prefill",
             prompt_tokens=prompt_tokens,
             budget_tokens=budget_tokens,
-            chunk_tokens=plan.chunk_tokens,
+            chunk_tokens=sizes.chunk_tokens,
         )
-        for prompt_tokens in plan.lengths
-        for policy, budget_tokens in [("full", plan.budgets[0]), *wanted]
+        for prompt_tokens in sizes.lengths
+        for policy, budget_tokens in [("full", sizes.budgets[0]), *wanted]
     ]
 
 
-def passes(subject: Subject, plan: GpuPlan) -> list[Variant]:
+def passes(subject: Subject, sizes: GpuSizes) -> list[TimedCase]:
     """Passes that write a token, for every policy, and passes that read a chunk in all slots."""
-    found = machine(subject, plan.matmul_rows, plan.stream_floats)
-    for cache_tokens in plan.budgets:
-        for slots in plan.slots:
-            shape = {"slots": slots, "cache_tokens": cache_tokens, "passes": plan.passes}
+    found = machine(subject, sizes.matmul_rows, sizes.stream_floats)
+    for cache_tokens in sizes.budgets:
+        for slots in sizes.slots:
+            shape = {"slots": slots, "cache_tokens": cache_tokens, "passes": sizes.passes}
             found.append(
-                rated_pass(subject, policy=POLICY, chunk_tokens=plan.chunk_tokens, **shape)
+                rated_pass(subject, policy=POLICY, chunk_tokens=sizes.chunk_tokens, **shape)
             )
             found += [
                 rated_pass(subject, policy=name, **shape) for name in ("full", *evicting_policies())
@@ -114,12 +114,12 @@ def passes(subject: Subject, plan: GpuPlan) -> list[Variant]:
     return found
 
 
-def end_to_end(subject: Subject, plan: GpuPlan) -> list[Variant]:
+def end_to_end(subject: Subject, sizes: GpuSizes) -> list[TimedCase]:
     """A prompt and its answer at one slot; on CUDA also with decoding steps as CUDA graphs."""
     # Without a fast way, to look at attention weights means attention written out.
     written_out = [(policy, "reference") for policy in evicting_policies(see_attention=True)]
     found = [
-        _answer(subject, plan, policy, attention)
+        _answer(subject, sizes, policy, attention)
         for policy, attention in [
             *((policy, "sdpa") for policy in evicting_policies()),
             *written_out,
@@ -127,22 +127,22 @@ def end_to_end(subject: Subject, plan: GpuPlan) -> list[Variant]:
     ]
     if subject.device.type == "cuda":
         found += [
-            _answer(subject, plan, policy, "sdpa", graphs=True) for policy in evicting_policies()
+            _answer(subject, sizes, policy, "sdpa", graphs=True) for policy in evicting_policies()
         ]
     return found
 
 
 def _answer(
-    subject: Subject, plan: GpuPlan, policy: str, attention: str, *, graphs: bool = False
-) -> Variant:
-    prompt_tokens, new_tokens = plan.end_tokens
+    subject: Subject, sizes: GpuSizes, policy: str, attention: str, *, graphs: bool = False
+) -> TimedCase:
+    prompt_tokens, new_tokens = sizes.end_tokens
 
     def run(num_prompt: int, num_new: int) -> dict[str, float]:
         engine = Engine(
             subject.model,
             build(load_choice("policy", policy)),
-            budget_tokens=plan.budgets[0],
-            chunk_tokens=plan.chunk_tokens,
+            budget_tokens=sizes.budgets[0],
+            chunk_tokens=sizes.chunk_tokens,
             slots=1,
             attention=attention,
             graphs=graphs,
@@ -152,10 +152,10 @@ def _answer(
         return {"end_to_end_sec": now_sec(subject.device) - started}
 
     def warm() -> dict[str, float]:
-        run(min(prompt_tokens, plan.budgets[0] + 2 * plan.chunk_tokens), 2)
+        run(min(prompt_tokens, sizes.budgets[0] + 2 * sizes.chunk_tokens), 2)
         return {}
 
-    return Variant(
+    return TimedCase(
         case=Case(
             section="end_to_end",
             what="end_to_end",
@@ -164,8 +164,8 @@ def _answer(
             attention=attention,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
-            budget_tokens=plan.budgets[0],
-            chunk_tokens=plan.chunk_tokens,
+            budget_tokens=sizes.budgets[0],
+            chunk_tokens=sizes.chunk_tokens,
             slots=1,
         ),
         run=lambda: run(prompt_tokens, new_tokens),
@@ -173,14 +173,16 @@ def _answer(
     )
 
 
-def targets(measured: pd.DataFrame, plan: GpuPlan) -> pd.DataFrame:
+def targets(measured: pd.DataFrame, sizes: GpuSizes) -> pd.DataFrame:
     """One line per figure of which both sides were measured."""
-    return pd.DataFrame([line for line in _figures(measured, plan) if line], columns=TARGET_COLUMNS)
+    return pd.DataFrame(
+        [line for line in _figures(measured, sizes) if line], columns=TARGET_COLUMNS
+    )
 
 
-def _figures(measured: pd.DataFrame, plan: GpuPlan) -> Iterator[dict[str, object]]:
-    longest = plan.lengths[-1]
-    for budget_tokens in plan.budgets:
+def _figures(measured: pd.DataFrame, sizes: GpuSizes) -> Iterator[dict[str, object]]:
+    longest = sizes.lengths[-1]
+    for budget_tokens in sizes.budgets:
         sec = {
             policy: select(
                 measured,
@@ -198,7 +200,7 @@ def _figures(measured: pd.DataFrame, plan: GpuPlan) -> Iterator[dict[str, object
                 sec[policy] / sec["streaming_llm"],
                 at_most=bound,
             )
-    for cache_tokens in plan.budgets:
+    for cache_tokens in sizes.budgets:
         shape = {"section": "roofline", "policy": POLICY, "cache_tokens": cache_tokens}
         reached = select(measured, "of_bandwidth_ratio", what="decode", slots=1, **shape)
         yield check(
@@ -206,7 +208,7 @@ def _figures(measured: pd.DataFrame, plan: GpuPlan) -> Iterator[dict[str, object
             1 / reached,
             at_most=1.3,
         )
-        slots = plan.slots[-1]
+        slots = sizes.slots[-1]
         reached = select(measured, "of_matmul_rate_ratio", what="prefill", slots=slots, **shape)
         yield check(
             f"prefill's share of the matrix-product rate, {slots} slots, N {cache_tokens}",
@@ -239,11 +241,11 @@ def main() -> None:
         check_device(options.device)
         if options.device == "cpu" and not options.toy:
             raise UsageError("device=cpu is too slow for the 8B shape; add --toy or use cuda")
-        plan = TOY if options.toy else GPU
+        sizes = TOY if options.toy else GPU
         subject = (toy if options.toy else llama_8b)(options.device)
-        wanted = chosen(sections(subject, plan), options.only)
-        stem = options.results / "-".join(filter(None, (plan.name, options.only)))
-        print(run_sections(subject, wanted, lambda measured: targets(measured, plan), stem))
+        wanted = chosen(sections(subject, sizes), options.only)
+        stem = options.results / "-".join(filter(None, (sizes.name, options.only)))
+        print(run_sections(subject, wanted, lambda measured: targets(measured, sizes), stem))
 
 
 if __name__ == "__main__":

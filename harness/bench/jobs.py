@@ -6,10 +6,10 @@ tells whether a slot was ever idle while samples waited, and whether memory grew
 
 from dataclasses import dataclass, field, replace
 
-from kvarena.harness.bench.measure import Case, Variant, now_sec
+from kvarena.harness.bench.measure import Case, TimedCase, now_sec
 from kvarena.harness.bench.memory import resident_bytes
 from kvarena.harness.bench.peers import KvpressServer, Prompts, generate_job, kvpress_job
-from kvarena.harness.bench.sizes import Plan
+from kvarena.harness.bench.sizes import Sizes
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.engine import Batch, Engine, Generation, Request
 from kvarena.harness.registry import build, load_choice
@@ -58,25 +58,25 @@ class JobWatch:
         return metrics
 
 
-def jobs(subject: Subject, plan: Plan, kvpress: KvpressServer | None) -> list[Variant]:
+def jobs(subject: Subject, sizes: Sizes, kvpress: KvpressServer | None) -> list[TimedCase]:
     """The needle job and the job of long answers, through each system."""
-    needle = subject.needle_prompts(plan.job_lengths, plan.job_prompts)
-    answers = [(prompt, 0) for prompt in subject.short_prompts(plan.answer_prompts)]
+    needle = subject.needle_prompts(sizes.job_lengths, sizes.job_prompts)
+    answers = [(prompt, 0) for prompt in subject.short_prompts(sizes.answer_prompts)]
     needle_case = Case(
         section="job",
         what="needle_job",
         policy=_POLICY,
         attention="sdpa",
-        new_tokens=plan.job_new_tokens,
-        budget_tokens=plan.budget_tokens,
-        chunk_tokens=plan.chunk_tokens,
-        slots=plan.job_slots,
+        new_tokens=sizes.job_new_tokens,
+        budget_tokens=sizes.budget_tokens,
+        chunk_tokens=sizes.chunk_tokens,
+        slots=sizes.job_slots,
     )
     answer_case = replace(
         needle_case,
         what="answer_job",
-        new_tokens=plan.answer_new_tokens,
-        budget_tokens=plan.answer_budget_tokens,
+        new_tokens=sizes.answer_new_tokens,
+        budget_tokens=sizes.answer_budget_tokens,
     )
     found = []
     for case, prompts in ((needle_case, needle), (answer_case, answers)):
@@ -88,11 +88,11 @@ def jobs(subject: Subject, plan: Plan, kvpress: KvpressServer | None) -> list[Va
         found.append(generate_job(subject, alone, prompts, case.new_tokens))
     if kvpress is not None:  # its BlockPress compresses prompts only, so it has no part in answers
         case = replace(needle_case, system="kvpress", slots=1)
-        found.append(kvpress_job(kvpress, case, needle, plan.job_new_tokens))
+        found.append(kvpress_job(kvpress, case, needle, sizes.job_new_tokens))
     return found
 
 
-def _engine_job(subject: Subject, case: Case, prompts: Prompts) -> Variant:
+def _engine_job(subject: Subject, case: Case, prompts: Prompts) -> TimedCase:
     chunk_tokens, slots = case.chunk_tokens or 1, case.slots or 1
 
     def work(some: Prompts) -> dict[str, float]:
@@ -125,4 +125,4 @@ def _engine_job(subject: Subject, case: Case, prompts: Prompts) -> Variant:
         work(prompts[:1])
         return {}
 
-    return Variant(case=case, run=lambda: work(prompts), warm=warm)
+    return TimedCase(case=case, run=lambda: work(prompts), warm=warm)

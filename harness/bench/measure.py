@@ -1,6 +1,6 @@
 """Fair times: everything warm, in interleaved rounds, as medians with quartiles.
 
-A machine's speed drifts with its neighbours and its heat. So a round visits all variants in turn,
+A machine's speed drifts with its neighbours and its heat. So a round visits all cases in turn,
 every other round backwards, and a ratio is formed within each round before its median is taken.
 """
 
@@ -40,7 +40,7 @@ LABELS = [label.name for label in fields(Case)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class TimedCase:
     """A case and how to measure it once; units end the names of metrics.
 
     warm: runs every shape of ``run`` once; what it returns (memory, say) is kept as well.
@@ -51,12 +51,12 @@ class Variant:
     warm: Callable[[], Metrics] = field(default=dict)
 
 
-def measure(variants: Sequence[Variant], rounds: int) -> pd.DataFrame:
+def measure(cases: Sequence[TimedCase], rounds: int) -> pd.DataFrame:
     """One line per case, metric and round, with its value; round 0 is the warm-up's."""
     lines: list[dict[str, object]] = []
 
-    def note(variant: Variant, number: int, metrics: Metrics) -> None:
-        labels = asdict(variant.case)
+    def note(timed: TimedCase, number: int, metrics: Metrics) -> None:
+        labels = asdict(timed.case)
         lines.extend(
             labels | {"round": number, "metric": name, "value": value}
             for name, value in metrics.items()
@@ -64,14 +64,14 @@ def measure(variants: Sequence[Variant], rounds: int) -> pd.DataFrame:
 
     started = perf_counter()
     # The process's very first work maps libraries and fills pools, which is no case's memory.
-    variants[0].warm()
-    for variant in variants:
-        note(variant, 0, variant.warm())
+    cases[0].warm()
+    for timed in cases:
+        note(timed, 0, timed.warm())
     for number in range(1, rounds + 1):
-        for variant in variants if number % 2 else reversed(variants):
-            note(variant, number, variant.run())
+        for timed in cases if number % 2 else reversed(cases):
+            note(timed, number, timed.run())
         passed_sec = perf_counter() - started
-        sections = ", ".join(dict.fromkeys(variant.case.section for variant in variants))
+        sections = ", ".join(dict.fromkeys(timed.case.section for timed in cases))
         print(
             f"{sections}: round {number} of {rounds}, {passed_sec:.0f} s",
             file=sys.stderr,

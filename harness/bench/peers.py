@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvarena.harness.bench.measure import Case, Variant, now_sec
+from kvarena.harness.bench.measure import Case, TimedCase, now_sec
 from kvarena.harness.bench.memory import peak_bytes
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.errors import UsageError
@@ -37,7 +37,7 @@ def generate(subject: Subject, prompt: Seq[int], new_tokens: int) -> Tensor:
     )
 
 
-def generate_prefill(subject: Subject, *, section: str, prompt_tokens: int) -> Variant:
+def generate_prefill(subject: Subject, *, section: str, prompt_tokens: int) -> TimedCase:
     """``model.generate`` up to its first token."""
 
     def read() -> dict[str, float]:
@@ -46,7 +46,7 @@ def generate_prefill(subject: Subject, *, section: str, prompt_tokens: int) -> V
         ttft_sec = now_sec(subject.device) - started
         return {"ttft_sec": ttft_sec, "prefill_tokens_per_sec": prompt_tokens / ttft_sec}
 
-    return Variant(
+    return TimedCase(
         case=Case(
             section=section,
             what="prefill",
@@ -63,7 +63,7 @@ def generate_prefill(subject: Subject, *, section: str, prompt_tokens: int) -> V
 
 def dynamic_cache_decode(
     subject: Subject, *, section: str, slots: int, cache_tokens: int, passes: int
-) -> Variant:
+) -> TimedCase:
     """An explicit greedy loop over a DynamicCache that starts with the same keys and values.
 
     A loop and not ``generate``, which could only get there by reading a batch of prompts first.
@@ -85,7 +85,7 @@ def dynamic_cache_decode(
         pass_sec = (now_sec(subject.device) - started) / passes
         return {"pass_sec": pass_sec, "decode_tokens_per_sec": slots / pass_sec}
 
-    return Variant(
+    return TimedCase(
         case=Case(
             section=section,
             what="decode",
@@ -99,7 +99,7 @@ def dynamic_cache_decode(
     )
 
 
-def generate_job(subject: Subject, case: Case, prompts: Prompts, new_tokens: int) -> Variant:
+def generate_job(subject: Subject, case: Case, prompts: Prompts, new_tokens: int) -> TimedCase:
     """One prompt after the other through ``model.generate``."""
 
     def work(some: Prompts) -> dict[str, float]:
@@ -113,7 +113,7 @@ def generate_job(subject: Subject, case: Case, prompts: Prompts, new_tokens: int
         work(prompts[:1])
         return {}
 
-    return Variant(case=case, run=lambda: work(prompts), warm=warm)
+    return TimedCase(case=case, run=lambda: work(prompts), warm=warm)
 
 
 class KvpressServer:
@@ -176,7 +176,7 @@ class KvpressServer:
         return json.loads(line)
 
 
-def kvpress_job(server: KvpressServer, case: Case, prompts: Prompts, new_tokens: int) -> Variant:
+def kvpress_job(server: KvpressServer, case: Case, prompts: Prompts, new_tokens: int) -> TimedCase:
     """The same prompts through kvpress's pipeline, compressed to the budget of ``case``."""
     budget_tokens, block_tokens = case.budget_tokens or 0, case.chunk_tokens or 0
 
@@ -190,10 +190,10 @@ def kvpress_job(server: KvpressServer, case: Case, prompts: Prompts, new_tokens:
         work(prompts[:1])
         return {}
 
-    return Variant(case=case, run=lambda: work(prompts), warm=warm)
+    return TimedCase(case=case, run=lambda: work(prompts), warm=warm)
 
 
-def kvpress_prefill(server: KvpressServer, subject: Subject, case: Case) -> Variant:
+def kvpress_prefill(server: KvpressServer, subject: Subject, case: Case) -> TimedCase:
     """One prompt through kvpress up to its first token; the last token stands for the question."""
     prompt = subject.text[: case.prompt_tokens]
     job = kvpress_job(server, case, [(prompt, 1)], 1)
@@ -202,4 +202,4 @@ def kvpress_prefill(server: KvpressServer, subject: Subject, case: Case) -> Vari
         ttft_sec = job.run()["job_sec"]
         return {"ttft_sec": ttft_sec, "prefill_tokens_per_sec": len(prompt) / ttft_sec}
 
-    return Variant(case=case, run=read, warm=job.warm)
+    return TimedCase(case=case, run=read, warm=job.warm)

@@ -14,8 +14,8 @@ from unittest import mock
 
 import torch
 
-from kvarena.harness.bench.measure import Case, Variant, now_sec
-from kvarena.harness.bench.sizes import Plan, evicting_policies
+from kvarena.harness.bench.measure import Case, TimedCase, now_sec
+from kvarena.harness.bench.sizes import Sizes, evicting_policies
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.bench.timed_passes import full_slots, run_passes
 from kvarena.harness.engine import Batch, attention, layer_cache
@@ -94,27 +94,27 @@ def clocks(batch: Batch) -> Iterator[PhaseClock]:
         yield clock
 
 
-def phases(subject: Subject, plan: Plan) -> list[Variant]:
+def phases(subject: Subject, sizes: Sizes) -> list[TimedCase]:
     """A pass that writes in all slots of the jobs, and one that reads a chunk, for each policy."""
-    shapes = ((plan.job_slots, None), (1, plan.chunk_tokens))
+    shapes = ((sizes.job_slots, None), (1, sizes.chunk_tokens))
     return [
-        _split(subject, policy, plan, slots, chunk_tokens)
+        _split(subject, policy, sizes, slots, chunk_tokens)
         for slots, chunk_tokens in shapes
         for policy in ("full", *evicting_policies())
     ]
 
 
 def _split(
-    subject: Subject, policy: str, plan: Plan, slots: int, chunk_tokens: int | None
-) -> Variant:
-    passes = plan.passes
+    subject: Subject, policy: str, sizes: Sizes, slots: int, chunk_tokens: int | None
+) -> TimedCase:
+    passes = sizes.passes
 
     def warm_batch() -> Batch:
         batch = full_slots(
             subject,
             policy,
             slots=slots,
-            cache_tokens=plan.budget_tokens,
+            cache_tokens=sizes.budget_tokens,
             passes=passes + 1,
             chunk_tokens=chunk_tokens,
         )
@@ -132,7 +132,7 @@ def _split(
             **{f"{phase}_sec": clock.seconds[phase] / passes for phase in PHASES},
         }
 
-    return Variant(
+    return TimedCase(
         case=Case(
             section="phases",
             what="decode" if chunk_tokens is None else "prefill",
@@ -140,7 +140,7 @@ def _split(
             attention="sdpa",
             chunk_tokens=chunk_tokens,
             slots=slots,
-            cache_tokens=plan.budget_tokens,
+            cache_tokens=sizes.budget_tokens,
         ),
         run=run,
     )

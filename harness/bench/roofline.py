@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvarena.harness.bench.measure import Case, Variant, now_sec
-from kvarena.harness.bench.sizes import Plan
+from kvarena.harness.bench.measure import Case, TimedCase, now_sec
+from kvarena.harness.bench.sizes import Sizes
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.bench.timed_passes import warm_pass_sec
 
@@ -22,32 +22,32 @@ POLICY = "keydiff"
 _REPEATS = 3  # of a machine's rate at each visit; the fastest counts
 
 
-def roofline(subject: Subject, plan: Plan) -> list[Variant]:
+def roofline(subject: Subject, sizes: Sizes) -> list[TimedCase]:
     """The machine's rates, and passes at steady state with the work they do."""
-    chunks = {(1, plan.chunk_tokens), (1, plan.wide_chunk_tokens)}
-    chunks.add((plan.job_slots, plan.chunk_tokens))
-    tokens = {(slots, plan.budget_tokens) for slots in plan.slots}
-    tokens |= {(plan.job_slots, cache_tokens) for cache_tokens in plan.caches}
+    chunks = {(1, sizes.chunk_tokens), (1, sizes.wide_chunk_tokens)}
+    chunks.add((sizes.job_slots, sizes.chunk_tokens))
+    tokens = {(slots, sizes.budget_tokens) for slots in sizes.slots}
+    tokens |= {(sizes.job_slots, cache_tokens) for cache_tokens in sizes.caches}
     return [
-        *machine(subject, plan.matmul_rows, plan.stream_floats),
+        *machine(subject, sizes.matmul_rows, sizes.stream_floats),
         *(
             rated_pass(
                 subject,
                 slots=slots,
-                cache_tokens=plan.budget_tokens,
-                passes=plan.passes,
+                cache_tokens=sizes.budget_tokens,
+                passes=sizes.passes,
                 chunk_tokens=chunk_tokens,
             )
             for slots, chunk_tokens in sorted(chunks)
         ),
         *(
-            rated_pass(subject, slots=slots, cache_tokens=cache_tokens, passes=plan.passes)
+            rated_pass(subject, slots=slots, cache_tokens=cache_tokens, passes=sizes.passes)
             for slots, cache_tokens in sorted(tokens)
         ),
     ]
 
 
-def machine(subject: Subject, matmul_rows: int, stream_floats: int) -> list[Variant]:
+def machine(subject: Subject, matmul_rows: int, stream_floats: int) -> list[TimedCase]:
     """``matmul_flops_per_sec`` in the model's data type and ``memory_bytes_per_sec``."""
     model = subject.model
     weights = [layer.weight for layer in _linear_layers(model)]
@@ -72,8 +72,8 @@ def machine(subject: Subject, matmul_rows: int, stream_floats: int) -> list[Vari
         return {"memory_bytes_per_sec": b.nbytes * max(3 / triad_sec, 1 / read_sec)}
 
     return [
-        Variant(case=Case(section="roofline", what="matmul", system="machine"), run=matmul),
-        Variant(case=Case(section="roofline", what="memory", system="machine"), run=bandwidth),
+        TimedCase(case=Case(section="roofline", what="matmul", system="machine"), run=matmul),
+        TimedCase(case=Case(section="roofline", what="memory", system="machine"), run=bandwidth),
     ]
 
 
@@ -85,7 +85,7 @@ def rated_pass(
     passes: int,
     chunk_tokens: int | None = None,
     policy: str = POLICY,
-) -> Variant:
+) -> TimedCase:
     """A pass that reads a chunk, or writes a token, in every slot: its operations and bytes."""
     reads = chunk_tokens is not None
     flops = pass_flops(subject.model, slots, cache_tokens, chunk_tokens or 1, not reads)
@@ -106,7 +106,7 @@ def rated_pass(
             "bytes_per_sec": moved_bytes / pass_sec,
         }
 
-    return Variant(
+    return TimedCase(
         case=Case(
             section="roofline",
             what="prefill" if reads else "decode",

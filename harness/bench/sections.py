@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from transformers.utils import logging as transformers_logging
 
-from kvarena.harness.bench.measure import Variant, measure, summarise
+from kvarena.harness.bench.measure import TimedCase, measure, summarise
 from kvarena.harness.bench.roofline import with_fractions
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.bench.table import machine_columns, write_tables
@@ -17,9 +17,9 @@ from kvarena.harness.entry import one_line_errors
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Variants that are measured side by side; made when their turn comes."""
+    """Cases that are measured side by side; made when their turn comes."""
 
-    variants: Callable[[], list[Variant]]
+    cases: Callable[[], list[TimedCase]]
     rounds: int
 
 
@@ -36,7 +36,7 @@ def run_sections(
     text, parts = "", []
     columns = machine_columns(subject)
     for section in sections.values():
-        parts.append(with_fractions(measure(section.variants(), section.rounds)))
+        parts.append(with_fractions(measure(section.cases(), section.rounds)))
         measured = pd.concat(parts, ignore_index=True)
         text = write_tables(summarise(measured), judge(measured), columns, stem)
     return text

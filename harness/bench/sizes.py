@@ -24,10 +24,10 @@ def _sees_attention(policy: Policy) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Sizes:
     """Units: tokens, unless the name says otherwise.
 
-    rounds: visits of every variant; job_rounds: of the jobs, which take minutes each.
+    rounds: visits of every case; job_rounds: of the jobs, which take minutes each.
     budget_tokens: N of prefills; chunk_tokens: B; lengths: prompts read in chunks of B;
     wide_lengths: prompts read in chunks of wide_chunk_tokens, and at once by the peers;
     policy_length: the prompt on which all policies are compared.
@@ -62,10 +62,10 @@ class Plan:
     stream_floats: int = 2**26
 
 
-DEFAULT = Plan(name="default", rounds=3, job_rounds=2)
-FULL = Plan(name="full", rounds=7, job_rounds=3, job_prompts=32, answer_prompts=32)
+DEFAULT = Sizes(name="default", rounds=3, job_rounds=2)
+FULL = Sizes(name="full", rounds=7, job_rounds=3, job_prompts=32, answer_prompts=32)
 # The toy has the tests' proportions: everything runs, no figure means anything.
-QUICK = Plan(
+QUICK = Sizes(
     name="quick",
     rounds=2,
     job_rounds=1,

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 import pandas as pd
 
 from kvarena.harness.bench.measure import select
-from kvarena.harness.bench.sizes import CHIEF, Plan, evicting_policies
+from kvarena.harness.bench.sizes import CHIEF, Sizes, evicting_policies
 
 _OVER_STREAMING = {"keydiff": 1.03, "snapkv": 1.08, "tova": 1.08, "h2o": 1.15}
 TARGET_COLUMNS = ["figure", "median", "q1", "q3", "bound", "met"]
 
 
-def targets(measured: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+def targets(measured: pd.DataFrame, sizes: Sizes) -> pd.DataFrame:
     """One line per figure of which both sides were measured."""
-    lines = [*_prefill(measured, plan), *_decode(measured, plan), *_policies(measured, plan)]
-    lines += _jobs(measured, plan)
+    lines = [*_prefill(measured, sizes), *_decode(measured, sizes), *_policies(measured, sizes)]
+    lines += _jobs(measured, sizes)
     return pd.DataFrame([line for line in lines if line], columns=TARGET_COLUMNS)
 
 
@@ -41,50 +41,50 @@ def check(
     return dict(zip(TARGET_COLUMNS, (figure, median, q1, q3, bound, met), strict=True))
 
 
-def _prefill(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
-    short, long = plan.lengths[0], plan.lengths[-1]
-    wide = plan.wide_lengths[-1]
+def _prefill(measured: pd.DataFrame, sizes: Sizes) -> Iterator[dict[str, object]]:
+    short, long = sizes.lengths[0], sizes.lengths[-1]
+    wide = sizes.wide_lengths[-1]
 
     def sec(*, system: str = "kvarena", **labels: object) -> pd.Series:
         return select(measured, "ttft_sec", section="prefill", system=system, **labels)
 
     for policy in CHIEF:
         grown = [
-            sec(policy=policy, prompt_tokens=length, chunk_tokens=plan.chunk_tokens)
+            sec(policy=policy, prompt_tokens=length, chunk_tokens=sizes.chunk_tokens)
             for length in (long, short)
         ]
         yield check(
-            f"prefill of {long} over {short} tokens, {policy}, N {plan.budget_tokens}, "
-            f"B {plan.chunk_tokens}",
+            f"prefill of {long} over {short} tokens, {policy}, N {sizes.budget_tokens}, "
+            f"B {sizes.chunk_tokens}",
             grown[0] / grown[1],
             # Linear growth and a tenth: 8.8 for 8000 over 1000 tokens.
             at_most=1.1 * long / short,
         )
     whole = sec(system="generate", prompt_tokens=wide)
     for policy in evicting_policies(see_attention=False):
-        ours = sec(policy=policy, prompt_tokens=wide, chunk_tokens=plan.wide_chunk_tokens)
+        ours = sec(policy=policy, prompt_tokens=wide, chunk_tokens=sizes.wide_chunk_tokens)
         yield check(
-            f"prefill of {wide} tokens, generate over {policy}, B {plan.wide_chunk_tokens}",
+            f"prefill of {wide} tokens, generate over {policy}, B {sizes.wide_chunk_tokens}",
             whole / ours,
             at_least=2.0,
         )
-    first = plan.wide_lengths[0]
+    first = sizes.wide_lengths[0]
     grown = [sec(system="kvpress", prompt_tokens=length) for length in (wide, first)]
     yield check(f"prefill of {wide} over {first} tokens, kvpress", grown[0] / grown[1])
 
 
-def _decode(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
+def _decode(measured: pd.DataFrame, sizes: Sizes) -> Iterator[dict[str, object]]:
     def rate(**labels: object) -> pd.Series:
         return select(measured, "decode_tokens_per_sec", section="decode", **labels)
 
-    budget, many = plan.caches[0], plan.slots[-1]
+    budget, many = sizes.caches[0], sizes.slots[-1]
     rates = [rate(policy="keydiff", slots=slots, cache_tokens=budget) for slots in (many, 1)]
     yield check(
         f"tokens/s at {many} slots over 1, keydiff, cache {budget}",
         rates[0] / rates[1],
         at_least=6.0,
     )
-    slots, cache_tokens = plan.job_slots, plan.caches[-1]
+    slots, cache_tokens = sizes.job_slots, sizes.caches[-1]
     yield check(
         f"tokens/s at {slots} slots over DynamicCache, keydiff, cache {cache_tokens}",
         rate(policy="keydiff", slots=slots, cache_tokens=cache_tokens)
@@ -93,17 +93,17 @@ def _decode(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
     )
 
 
-def _policies(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
+def _policies(measured: pd.DataFrame, sizes: Sizes) -> Iterator[dict[str, object]]:
     def sec(metric: str, policy: str, **labels: object) -> pd.Series:
         return select(measured, metric, section="policies", policy=policy, **labels)
 
     for policy, bound in _OVER_STREAMING.items():
         yield check(
-            f"prefill of {plan.policy_length} tokens, {policy} over streaming_llm",
+            f"prefill of {sizes.policy_length} tokens, {policy} over streaming_llm",
             sec("ttft_sec", policy) / sec("ttft_sec", "streaming_llm"),
             at_most=bound,
         )
-    for slots, cache_tokens in plan.policy_shapes:
+    for slots, cache_tokens in sizes.policy_shapes:
         shape = {"slots": slots, "cache_tokens": cache_tokens}
         for policy in evicting_policies():
             yield check(
@@ -113,7 +113,7 @@ def _policies(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]
             )
 
 
-def _jobs(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
+def _jobs(measured: pd.DataFrame, sizes: Sizes) -> Iterator[dict[str, object]]:
     def rate(what: str, system: str) -> pd.Series:
         return select(measured, "samples_per_min", section="job", what=what, system=system)
 
@@ -126,7 +126,7 @@ def _jobs(measured: pd.DataFrame, plan: Plan) -> Iterator[dict[str, object]]:
         ("answer_job", "generate", 3.5),
     ):
         yield check(
-            f"samples/min of the {what.replace('_', ' ')}, {plan.job_slots} slots over {peer}",
+            f"samples/min of the {what.replace('_', ' ')}, {sizes.job_slots} slots over {peer}",
             rate(what, "kvarena") / rate(what, peer),
             at_least=bound,
         )

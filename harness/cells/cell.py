@@ -20,7 +20,7 @@ from kvarena.harness.engine.limits import (
     context_tokens,
 )
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models import ModelSpec, loading
+from kvarena.harness.models import ModelSpec, devices, loading
 from kvarena.harness.protection import Protection
 from kvarena.harness.registry import build, choice_label, choices, named_class, one_of
 from kvarena.harness.settings import CellSettings, decides_rows
@@ -59,7 +59,7 @@ class Cell:
             raise UsageError(f"{task.name} forces its answers; leave out sampling.temperature")
         # Of how many layers nobody knows yet; samples() asks once more.
         self.eviction(num_layers=1).check(self.bound.tokens)
-        loading.check_device(self.settings.device)
+        devices.check_device(self.settings.device)
         check_attention(self.settings.attention, self.settings.device, self.torch_dtype)
         for name in ("codec", "model", "shard"):
             getattr(self, name)  # made now, so that what is wrong with it is told now
@@ -130,12 +130,12 @@ class Cell:
 
     @cached_property
     def torch_dtype(self) -> torch.dtype:
-        return loading.resolve_dtype(self.settings.dtype, self.settings.device)
+        return devices.resolve_dtype(self.settings.dtype, self.settings.device)
 
     @cached_property
     def torch_kv_dtype(self) -> torch.dtype | None:
         """None for the model's own."""
-        return loading.resolve_kv_dtype(self.settings.kv_dtype)
+        return devices.resolve_kv_dtype(self.settings.kv_dtype)
 
     @property
     def task(self) -> Task:

@@ -4,16 +4,13 @@ Both caches read the same prompt and are fed the same answer; the logits that ch
 the answer are compared. What the full cache says is worked out once per sample and kept in files,
 which all policies, budgets and processes share: a sweep pays for the full cache once.
 
-The queries of an answer are those whose logits choose its tokens: the last token of the prompt and
-every token of the answer but the last.
-
-Shape letters: L layers, H query heads, K KV heads, T cached tokens, A answer tokens, V vocabulary.
+Shape letters: A answer tokens, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,17 +20,18 @@ from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
 from kvarena.codecs.none import NoCodec
-from kvarena.harness.engine import Engine, Generation, KeptTokens, Request
+from kvarena.harness.cells.fidelity_measures import RecallProbe, compare
+from kvarena.harness.engine import Engine, Generation, Request
 from kvarena.harness.files import replacing
 from kvarena.harness.progress import TokenProgress
 from kvarena.harness.registry import build, load_choice
-from kvarena.policies.base import LayerView, Needs, Policy
+from kvarena.policies.base import Policy
 from kvarena.tasks.base import Sample, Tokenizer, content_id
 
 if TYPE_CHECKING:
     from kvarena.harness.cells.cell import Cell
 
-_SCHEMA = 2  # of the reference files; a new one leaves the old files unread
+_SCHEMA = 2  # of the files of full answers; a new one leaves the old files unread
 
 
 class ForcedTask(Protocol):
@@ -46,7 +44,7 @@ class ForcedTask(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
+class FullCacheAnswer:
     """A sample's forced answer and the full cache's logits [A, V] in float32, in a file.
 
     request: of the full cache, by which the file is named: one that is forced where the task gives
@@ -81,7 +79,7 @@ class Reference:
 
     def save(self, generation: Generation) -> None:
         """Take answer and logits from a run with the full cache."""
-        assert generation.logits is not None, "recorded for every reference"
+        assert generation.logits is not None, "recorded for every one"
         tensors = {"token_ids": torch.tensor(generation.token_ids)}
         tensors["logits"] = generation.logits.float().contiguous()
         with replacing(self.path) as path:
@@ -108,18 +106,18 @@ def forced_answers(
     names = ("model", "dtype", "attention", "device", "chunk")
     weights = cell.identity["content"]["model"]
     key = content_id(_SCHEMA, [cell.identity[name] for name in names], weights)
-    references = [
-        Reference(
+    full_answers = [
+        FullCacheAnswer(
             sample_id=sample.id,
             request=_by_full_cache(request, task.forced_token_ids(tokenizer, sample)),
             folder=cache_dir / key,
         )
         for sample, request in zip(samples, requests, strict=True)
     ]
-    _complete(_exact(cell, model, full), references, f"{cell.label}, full cache first")
+    _complete(_exact(cell, model, full), full_answers, f"{cell.label}, full cache first")
     forced = [
-        replace(request, max_new_tokens=None, forced=reference.read("token_ids").tolist())
-        for request, reference in zip(requests, references, strict=True)
+        replace(request, max_new_tokens=None, forced=full_answer.read("token_ids").tolist())
+        for request, full_answer in zip(requests, full_answers, strict=True)
     ]
     num_tokens = sum(len(request.prompt) + request.answer_tokens for request in forced)
     with TokenProgress(cell.label, num_tokens * (2 if task.attention_recall else 1)) as progress:
@@ -135,7 +133,7 @@ def forced_answers(
                 yield generation, {}
                 continue
             assert generation.logits is not None, "recorded for every answer"
-            logits = references[generation.index].read("logits")
+            logits = full_answers[generation.index].read("logits")
             measures = compare(logits, generation.logits.cpu(), generation.token_ids)
             if task.attention_recall:
                 assert generation.kept_history is not None, "recorded for recall"
@@ -160,12 +158,12 @@ def _exact(
     return cell.engine(model, NoCodec(), policy=policy, slots=slots, kv_dtype=model.dtype)
 
 
-def _complete(engine: Engine, references: Sequence[Reference], label: str) -> None:
-    """Run the full cache for the references that have no file yet."""
-    missing = [reference for reference in references if not reference.is_there]
+def _complete(engine: Engine, full_answers: Sequence[FullCacheAnswer], label: str) -> None:
+    """Run the full cache for the answers that have no file yet."""
+    missing = [full_answer for full_answer in full_answers if not full_answer.is_there]
     if not missing:
         return
-    requests = [reference.request for reference in missing]
+    requests = [full_answer.request for full_answer in missing]
     num_tokens = sum(len(request.prompt) + request.answer_tokens for request in requests)
     with TokenProgress(label, num_tokens) as progress:
         for generation in engine.generate(
@@ -174,84 +172,3 @@ def _complete(engine: Engine, references: Sequence[Reference], label: str) -> No
             if generation.finish_reason == "invalid":
                 raise ArithmeticError("the full cache's own logits are not finite")
             missing[generation.index].save(generation)
-
-
-def compare(full: Tensor, policy: Tensor, token_ids: Sequence[int]) -> dict[str, Any]:
-    """What a row says of two runs over the same answer; full, policy: logits [A, V].
-
-    KL(full || policy) and negative log-likelihoods (nll) are in nats, differences are policy minus
-    full, ``score`` is the share of tokens where both would choose the same one.
-    """
-    log_full, log_policy = (logits.double().log_softmax(dim=-1) for logits in (full, policy))
-    weighted = log_full.exp() * (log_full - log_policy)
-    # A token that cannot come weighs nothing, also where both logarithms are infinite. Rounding may
-    # leave a sum a hair under zero.
-    kl = weighted.masked_fill(log_full == float("-inf"), 0).sum(dim=-1).clamp(min=0)
-    agrees = full.argmax(dim=-1) == policy.argmax(dim=-1)
-    chosen = torch.tensor(token_ids)[:, None]
-    nll_full, nll_policy = (-logs.gather(1, chosen)[:, 0] for logs in (log_full, log_policy))
-    difference = nll_policy - nll_full
-    return {
-        "score": float(agrees.double().mean()),
-        "kl_mean": float(kl.mean()),
-        "kl_max": float(kl.max()),
-        "nll_full": float(nll_full.mean()),
-        "nll_policy": float(nll_policy.mean()),
-        "nll_difference": float(difference.mean()),
-        "num_reference_tokens": len(token_ids),
-        "kl_per_token": kl.tolist(),
-        "agrees_per_token": agrees.int().tolist(),
-        "nll_difference_per_token": difference.tolist(),
-    }
-
-
-class RecallProbe(Policy):
-    """Keeps everything, and adds up how much attention falls on what another policy had kept.
-
-    prompt_tokens: length of the prompt; history: what the other policy held after every pass over
-    prompt and answer. A query could see what was held after the pass before and its own pass's
-    tokens up to itself. For one sequence at a time.
-    """
-
-    evicts: ClassVar[bool] = False
-    # Nothing is evicted, so only a column makes the engine call ``score``.
-    columns: ClassVar[tuple[str, ...]] = ("unused",)
-
-    def __init__(self, prompt_tokens: int, history: Sequence[KeptTokens]) -> None:
-        super().__init__()
-        before = [KeptTokens(seen_tokens=0, positions=[]), *history]
-        # By the position of an answer's query, the last one of its pass.
-        self._held = {
-            after.seen_tokens - 1: held
-            for held, after in zip(before, history, strict=False)
-            if after.seen_tokens >= prompt_tokens
-        }
-        self._mass: dict[int, Tensor] = {}  # by layer, [2, H]: on kept tokens, and on all
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(attention_rows=1)
-
-    def score(self, view: LayerView) -> Tensor:
-        query = int(view.positions.max())
-        if query in self._held:
-            assert view.attention is not None, "asked for"
-            num_heads, positions = view.positions.shape[1], view.positions[0]
-            start, kept = self._held[query].seen_tokens, self._held[query].positions
-            visible = torch.zeros(num_heads, query + 1, dtype=torch.bool, device=positions.device)
-            if kept:
-                for head, own in enumerate(kept[view.layer]):
-                    visible[head, own.to(positions.device)] = True
-            visible[:, start:] = True
-            weights = view.attention[0, :, -1].unflatten(0, (num_heads, -1)).double()  # [K, G, T]
-            on_kept = weights * visible.gather(1, positions)[:, None]
-            mass = torch.stack([on_kept.sum(dim=-1), weights.sum(dim=-1)]).flatten(1)  # [2, H]
-            self._mass[view.layer] = self._mass.get(view.layer, 0) + mass
-        return view.positions.float()
-
-    @property
-    def shares(self) -> Tensor:
-        """Share of the attention of the answer's queries on kept tokens, [L, H] float64."""
-        layers = [self._mass[layer].cpu() for layer in sorted(self._mass)]
-        on_kept, total = torch.stack(layers, dim=1)
-        return on_kept / total

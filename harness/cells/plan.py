@@ -11,7 +11,8 @@ from kvarena.harness.errors import UsageError
 from kvarena.harness.files import read_json
 from kvarena.harness.models import loading
 from kvarena.harness.models.kv_size import bytes_per_token
-from kvarena.harness.store.cell_folder import CellFolder, find_cells
+from kvarena.harness.store.cell_files import find_cells
+from kvarena.harness.store.cell_folder import CellFolder
 from kvarena.harness.store.row_files import read_lines
 from kvarena.tasks.base import Sample
 

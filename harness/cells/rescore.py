@@ -16,7 +16,8 @@ from kvarena.harness.entry import on_folder
 from kvarena.harness.errors import UsageError
 from kvarena.harness.provenance import commit_label, now
 from kvarena.harness.registry import build
-from kvarena.harness.store.cell_folder import CellFolder, find_cells, read_manifest
+from kvarena.harness.store.cell_files import find_cells, read_manifest
+from kvarena.harness.store.cell_folder import CellFolder
 from kvarena.tasks.base import Sample, Task
 
 _SCORABLE = ("ok", "score_error")

@@ -25,7 +25,7 @@ class Failure:
 
 
 @dataclass
-class Session:
+class JobOutcomes:
     """Jobs of this process add to it; jobs of other processes hand theirs over by a file.
 
     Not by what a launcher returns: of a launcher whose job was killed nothing comes back at all.
@@ -104,7 +104,7 @@ def _as_json(value: Any) -> Any:  # Any: what dataclasses of this command hold
     return sorted(value)
 
 
-def _read(path: Path) -> Session:
+def _read(path: Path) -> JobOutcomes:
     # Imported here: torch takes seconds, and a typo should not wait for it.
     from kvarena.harness.cells.plan import Plan
     from kvarena.harness.cells.run_cell import Outcome
@@ -115,7 +115,7 @@ def _read(path: Path) -> Session:
         for part in parts["outcomes"]
     ]
     plans = [Plan(**{**part, "path": Path(part["path"])}) for part in parts["plans"]]
-    return Session(
+    return JobOutcomes(
         outcomes=outcomes,
         plans=plans,
         failures=[Failure(**part) for part in parts["failures"]],

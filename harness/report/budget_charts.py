@@ -19,10 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from kvarena.harness.analysis.comparison import is_full_cache
+from kvarena.harness.analysis.comparison import Line, is_full_cache
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.report.policy_styles import PolicyStyle, policy_styles
-from kvarena.harness.report.text_tables import Line, significant
+from kvarena.harness.report.text_tables import significant
 
 # Narrow enough that a phone shows the letters at nearly their own size.
 WIDTH_IN, HEIGHT_IN = 4.2, 2.6  # the legend's height comes on top

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from kvarena.harness.analysis.comparison import SECTION, compare_cells
+from kvarena.harness.analysis.comparison import CONTEST, compare_cells
 from kvarena.harness.analysis.distances import are_forced, score_name, with_kl
 from kvarena.harness.analysis.published import beside, with_parts
 from kvarena.harness.analysis.row_frame import read_rows
@@ -28,7 +28,7 @@ from kvarena.harness.report.html_tables import (
     table_columns,
 )
 from kvarena.harness.report.text_tables import counted, evictions, marks_in_words
-from kvarena.harness.store.cell_folder import find_cells
+from kvarena.harness.store.cell_files import find_cells
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def render(
     rows: one line per sample; cells: compare_cells(rows), with their KL and published figures;
     provenance: describe_cells(folders); empty_cells: cells that were begun and have no rows.
     """
-    keys = cells[SECTION].drop_duplicates().sort_values(SECTION).itertuples(index=False)
+    keys = cells[CONTEST].drop_duplicates().sort_values(CONTEST).itertuples(index=False)
     sections = [
         _section(f"section-{number}", key, _of(rows, key), _of(cells, key))
         for number, key in enumerate(keys, start=1)
@@ -104,7 +104,7 @@ def _section(
         "longest_name": cells["policy"].str.len().max(),
         "columns": columns,
         "marks": marks_in_words(evictions(cells)),
-        "lines": list(zip(*(column.entries for column in columns), strict=True)),
+        "lines": list(zip(*(column.texts for column in columns), strict=True)),
         # Forced answers are the full cache's own, whatever the policy.
         "examples": [] if are_forced(rows) else examples(rows),
     }
@@ -112,7 +112,7 @@ def _section(
 
 def _of(frame: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
     """The lines of one task, model and variant, smallest budget first, else in their order."""
-    own = frame[(frame[SECTION] == list(key)).all(axis=1)]
+    own = frame[(frame[CONTEST] == list(key)).all(axis=1)]
     rank = own["budget"].map(lambda label: parse_budget(label).sort_key)
     return own.loc[rank.sort_values(kind="stable").index].reset_index(drop=True)
 

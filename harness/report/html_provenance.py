@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvarena.harness.store.cell_folder import read_manifest
+from kvarena.harness.store.cell_files import read_manifest
 
 HEADER = (
     "cell",

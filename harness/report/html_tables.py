@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from kvarena.harness.analysis.comparison import is_full_cache
+from kvarena.harness.analysis.comparison import Line, is_full_cache
 from kvarena.harness.analysis.distances import score_name
 from kvarena.harness.report.text_tables import (
     NOTHING_EVICTED,
-    Line,
     counted,
     eviction_marks,
     evictions,
@@ -27,22 +26,22 @@ EXAMPLE_CHARACTERS = 240
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
 
-class Entry(NamedTuple):
-    """A table cell: what it shows, and the number or text it is sorted by ("" stands last)."""
+class SortedText(NamedTuple):
+    """What a place of a table shows, and the number or text it is sorted by ("" stands last)."""
 
     text: str
     sort: float | str
 
 
-class Column(NamedTuple):
-    """A heading, what to know to read the column, and its entries, one per cell."""
+class TableColumn(NamedTuple):
+    """A heading, what to know to read the column, and its texts, one per cell."""
 
     heading: str
     reading: str
-    entries: list[Entry]
+    texts: list[SortedText]
 
 
-def table_columns(cells: pd.DataFrame) -> list[Column]:
+def table_columns(cells: pd.DataFrame) -> list[TableColumn]:
     """The columns of `cells`, one line each, in their order, which is that of the budgets.
 
     cells: of one task, model and variant. A column that no line has a value for is left out.
@@ -54,12 +53,12 @@ def table_columns(cells: pd.DataFrame) -> list[Column]:
     ranks = pd.factorize(cells["budget"])[0].tolist()
     name = score_name(cells)
 
-    def column(heading: str, entry: Callable[[Line], Entry], reading: str = "") -> Column:
-        return Column(heading, reading, [entry(line) for line in lines])
+    def column(heading: str, text: Callable[[Line], SortedText], reading: str = "") -> TableColumn:
+        return TableColumn(heading, reading, [text(line) for line in lines])
 
     columns = [
-        column("policy", lambda line: Entry(line["policy"], line["policy"])),
-        Column("budget", "", list(map(Entry, budgets, ranks))),
+        column("policy", lambda line: SortedText(line["policy"], line["policy"])),
+        TableColumn("budget", "", list(map(SortedText, budgets, ranks))),
         column(f"{name} % [95 % interval]", _score),
         column(
             "KL, nats",
@@ -107,16 +106,16 @@ def table_columns(cells: pd.DataFrame) -> list[Column]:
             "Times are medians and compare only between equal slots.",
         ),
     ]
-    return [one for one in columns if any(entry.text not in ("", "-") for entry in one.entries)]
+    return [one for one in columns if any(shown.text not in ("", "-") for shown in one.texts)]
 
 
-def _published(line: Line) -> Entry:
+def _published(line: Line) -> SortedText:
     """A paper's figure for the same model, task, parts, policy and budget, with its grade."""
     value = line.get("published")
     if value is None or math.isnan(value):
-        return Entry("-", "")
+        return SortedText("-", "")
     source, grade = line["published_source"], line["published_confidence"]
-    return Entry(f"{100 * value:.1f} ({source}, grade {grade})", value)
+    return SortedText(f"{100 * value:.1f} ({source}, grade {grade})", value)
 
 
 def is_incomplete(cells: pd.DataFrame) -> pd.Series:
@@ -193,22 +192,24 @@ def _cut(text: object) -> str:
     return whole if len(whole) <= EXAMPLE_CHARACTERS else whole[:EXAMPLE_CHARACTERS] + "..."
 
 
-def _number(value: float, digits: int) -> Entry:
-    return Entry("-", "") if pd.isna(value) else Entry(f"{value:.{digits}f}", float(value))
+def _number(value: float, digits: int) -> SortedText:
+    return (
+        SortedText("-", "") if pd.isna(value) else SortedText(f"{value:.{digits}f}", float(value))
+    )
 
 
-def _significant(value: float) -> Entry:
-    return Entry(significant(value), "" if pd.isna(value) else float(value))
+def _significant(value: float) -> SortedText:
+    return SortedText(significant(value), "" if pd.isna(value) else float(value))
 
 
-def _p_value(value: float) -> Entry:
+def _p_value(value: float) -> SortedText:
     if pd.isna(value):
-        return Entry("-", "")
-    return Entry("< 0.001" if value < 0.001 else f"{value:.3f}", float(value))
+        return SortedText("-", "")
+    return SortedText("< 0.001" if value < 0.001 else f"{value:.3f}", float(value))
 
 
-def _counts(line: Line) -> Entry:
-    return Entry(f"{line['num_ok']} / {line['num_planned']}", line["num_ok"])
+def _counts(line: Line) -> SortedText:
+    return SortedText(f"{line['num_ok']} / {line['num_planned']}", line["num_ok"])
 
 
 def _with_score(line: Line) -> str:
@@ -217,22 +218,22 @@ def _with_score(line: Line) -> str:
     return f"{line['policy']} {_score(line).text.replace(' ', NO_BREAK_SPACE)}{note}"
 
 
-def _score(line: Line) -> Entry:
+def _score(line: Line) -> SortedText:
     if line["num_ok"] < line["num_planned"] and pd.isna(line["score"]):
-        return Entry("incomplete", "")
+        return SortedText("incomplete", "")
     return _interval(line, "score")
 
 
-def _standing(line: Line) -> Entry:
+def _standing(line: Line) -> SortedText:
     if line["is_best"]:
-        return Entry("best", 0)
-    return Entry("tie", 1) if line["ties_best"] else Entry("", "")
+        return SortedText("best", 0)
+    return SortedText("tie", 1) if line["ties_best"] else SortedText("", "")
 
 
-def _interval(line: Line, name: str, *, signed: bool = False) -> Entry:
+def _interval(line: Line, name: str, *, signed: bool = False) -> SortedText:
     """A share or a difference of shares and its interval, in percent."""
     value, low, high = (line[name + end] for end in ("", "_low", "_high"))
     if pd.isna(value):
-        return Entry("-", "")
+        return SortedText("-", "")
     text = f"{100 * value:+z.1f}" if signed else percent(value)
-    return Entry(f"{text} {percent_limits(value, low, high)}".rstrip(), float(value))
+    return SortedText(f"{text} {percent_limits(value, low, high)}".rstrip(), float(value))

@@ -18,7 +18,7 @@ _MOST_COLUMNS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class ListedCell:
     """One cell. identity: None where it cannot be known; the folder's name stands for it.
 
     codecs_used: what its rows say; note: more that tells it apart; texts: one for each of the
@@ -32,8 +32,8 @@ class Line:
     texts: Sequence[str]
 
 
-def print_cells(lines: Sequence[Line], headings: Sequence[str]) -> None:
-    """Policy with codec, budget, what else tells the cell apart, and the texts of each line.
+def print_cells(cells: Sequence[ListedCell], headings: Sequence[str]) -> None:
+    """Of each cell: policy with codec, budget, what else tells it apart, and its texts.
 
     A table per task, model and variant, as of results. Columns without any text are left out. What
     is too long goes on below. At most 100 columns wide where it is no terminal.
@@ -42,7 +42,7 @@ def print_cells(lines: Sequence[Line], headings: Sequence[str]) -> None:
     if not console.is_terminal or console.width < _MOST_COLUMNS:
         console.width = _MOST_COLUMNS
     names = ["policy", "budget", "besides", *headings]
-    for title, rows in _tables(lines).items():
+    for title, rows in _tables(cells).items():
         used = [i for i in range(len(names)) if any(row[i] not in ("", "-") for row in rows)]
         table = Table(box=SIMPLE_HEAD)
         table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
@@ -61,22 +61,22 @@ def print_cells(lines: Sequence[Line], headings: Sequence[str]) -> None:
         print("\n".join(text.rstrip() for text in capture.get().splitlines()) + "\n")
 
 
-def _tables(lines: Sequence[Line]) -> dict[str, list[tuple[str, ...]]]:
+def _tables(cells: Sequence[ListedCell]) -> dict[str, list[tuple[str, ...]]]:
     """Rows of each table by its title, small budgets first."""
-    known = [line.identity for line in lines if line.identity is not None]
-    codecs = [line.codecs_used for line in lines if line.identity is not None]
+    known = [cell.identity for cell in cells if cell.identity is not None]
+    codecs = [cell.codecs_used for cell in cells if cell.identity is not None]
     labels = iter(zip(variants(known), policy_labels(known, codecs), details(known), strict=True))
     tables: dict[str, list[tuple[str, ...]]] = {}
-    for line in lines:
-        if line.identity is None:
-            place, cell = list(line.path.parts[-3:-1]), (line.path.name, "", line.note)
+    for cell in cells:
+        if cell.identity is None:
+            place, named = list(cell.path.parts[-3:-1]), (cell.path.name, "", cell.note)
         else:
             variant, policy, more = next(labels)
-            place = [line.identity["task"]["name"], line.identity["model"]["name"], variant]
-            besides = ", ".join(text for text in (more, line.note) if text)
-            cell = (policy, line.identity["budget"]["name"], besides)
+            place = [cell.identity["task"]["name"], cell.identity["model"]["name"], variant]
+            besides = ", ".join(text for text in (more, cell.note) if text)
+            named = (policy, cell.identity["budget"]["name"], besides)
         title = ", ".join(text for text in place if text)
-        tables.setdefault(title, []).append((*cell, *line.texts))
+        tables.setdefault(title, []).append((*named, *cell.texts))
     return {title: sorted(tables[title], key=_order) for title in sorted(tables)}
 
 

@@ -1,4 +1,4 @@
-"""Pictures of needle runs, as PNG files: one heat map per cell, one overview per run.
+"""Pictures of needle runs, as PNG files: one heat map per cell, one overview of all.
 
 Drawn with matplotlib's object API under its default settings, so neither pyplot's state nor a
 personal matplotlibrc changes a picture: the same rows give the same bytes.
@@ -28,25 +28,25 @@ from kvarena.harness.report.budget_charts import default_settings
 from kvarena.tasks.base import DEPTH_TARGET, LENGTH_TARGET
 
 LENGTH, DEPTH = LENGTH_TARGET.name, DEPTH_TARGET.name
-MARGIN_IN = 0.6  # room around the cells, in inches; what labels leave unused is cropped
+MARGIN_IN = 0.6  # room around the tiles, in inches; what labels leave unused is cropped
 
 
 class Layout(NamedTuple):
-    """A panel of equal cells; sizes in inches."""
+    """A panel of equal tiles; sizes in inches."""
 
     num_columns: int
     num_rows: int
-    cell_width_in: float
-    cell_height_in: float
+    tile_width_in: float
+    tile_height_in: float
 
     @property
     def size_in(self) -> tuple[float, float]:
-        return self.num_columns * self.cell_width_in, self.num_rows * self.cell_height_in
+        return self.num_columns * self.tile_width_in, self.num_rows * self.tile_height_in
 
     @property
     def font_size(self) -> float:
-        """Points at which "100" fits into a cell."""
-        return min(8.5, 29 * self.cell_width_in, 47 * self.cell_height_in)
+        """Points at which "100" fits into a tile."""
+        return min(8.5, 29 * self.tile_width_in, 47 * self.tile_height_in)
 
 
 def needle_heatmap(rows: pd.DataFrame, path: str | Path) -> Path:
@@ -76,7 +76,7 @@ def needle_heatmap(rows: pd.DataFrame, path: str | Path) -> Path:
 def needle_overview(rows: pd.DataFrame, path: str | Path) -> Path:
     """Draw depth (y) by policy (x), one panel per budget; "full" is in every panel.
 
-    A cell is the mean over lengths and seeds. The number above a column is the policy's mean score
+    A tile is the mean over lengths and seeds. The number above a column is the policy's mean score
     under that budget; policies stand in the order of their mean over all budgets, "full" first.
     """
     require_columns(rows, ["task", "model", "policy", "budget", "status", "score", LENGTH, DEPTH])
@@ -188,13 +188,13 @@ def _place(figure: Figure, left: float, top: float, width: float, height: float)
 
 
 def _draw_grid(axes: Axes, grid: np.ndarray, layout: Layout) -> None:
-    """Colour the cells of `grid` [rows, columns], the first row on top, with numbers that fit."""
+    """Colour the tiles of `grid` [rows, columns], the first row on top, with numbers that fit."""
     num_rows, num_columns = grid.shape
     axes.set_facecolor("#eeeeee")
     axes.patch.set(hatch="/////", edgecolor="#aaaaaa", linewidth=0)
     edges = [np.arange(count + 1) - 0.5 for count in (num_columns, num_rows)]
-    cells = axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="cividis", vmin=0, vmax=1)
-    cells.set(edgecolor="white", linewidth=min(1.0, 3 * layout.cell_height_in))
+    tiles = axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="cividis", vmin=0, vmax=1)
+    tiles.set(edgecolor="white", linewidth=min(1.0, 3 * layout.tile_height_in))
     axes.invert_yaxis()
     axes.tick_params(length=2)
     if layout.font_size >= 5.5:
@@ -208,9 +208,9 @@ def _write_score(axes: Axes, x: float, y: float, score: float, size: float) -> N
     axes.text(x, y, f"{100 * score:.0f}", color=ink, size=size, ha="center", va="center")
 
 
-def _tick_places(num_values: int, cell_in: float, label_in: float) -> list[int]:
-    """Every so many cells that labels of `label_in` inches fit, and always the last cell."""
-    step = math.ceil(label_in / cell_in)
+def _tick_places(num_values: int, tile_in: float, label_in: float) -> list[int]:
+    """Every so many tiles that labels of `label_in` inches fit, and always the last tile."""
+    step = math.ceil(label_in / tile_in)
     last = num_values - 1
     return [place for place in range(0, last, step) if last - place >= step] + [last]
 
@@ -218,13 +218,13 @@ def _tick_places(num_values: int, cell_in: float, label_in: float) -> list[int]:
 def _label_lengths(axes: Axes, lengths: Sequence[float], layout: Layout) -> None:
     texts = [f"{length:.0f}" for length in lengths]
     label_in = 0.066 * max(map(len, texts)) + 0.06
-    places = _tick_places(len(lengths), layout.cell_width_in, label_in)
+    places = _tick_places(len(lengths), layout.tile_width_in, label_in)
     axes.set_xticks(places, [texts[place] for place in places])
     axes.set_xlabel("context length (tokens)")
 
 
 def _label_depths(axes: Axes, depths: Sequence[float], layout: Layout, named: bool = True) -> None:
-    places = _tick_places(len(depths), layout.cell_height_in, 0.22)
+    places = _tick_places(len(depths), layout.tile_height_in, 0.22)
     texts = [f"{depths[place]:.1f}".removesuffix(".0") for place in places]
     axes.set_yticks(places, texts if named else [""] * len(places))
     axes.set_ylabel("needle depth (%)" if named else "")
@@ -255,7 +255,7 @@ def _headings(figure: Figure, title: str, subtitle: str, above_points: float) ->
 
 
 def _write_above(axes: Axes, text: str, points: float, column: float, **style: Any) -> None:
-    """Write `points` over the upper edge of `axes`, at `column` in cells. `style` as for Text."""
+    """Write `points` over the upper edge of `axes`, at `column` in tiles. `style` as for Text."""
     style |= {"textcoords": "offset points"}
     axes.annotate(text, (column, 1), (0, points), xycoords=("data", "axes fraction"), **style)
 

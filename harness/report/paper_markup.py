@@ -32,7 +32,7 @@ _SIGNS = "\N{LATIN SMALL LETTER SHARP S}\N{DEGREE SIGN}\N{MULTIPLICATION SIGN}\N
 _PAGE_CHARACTERS = 60  # of a table's line that fit the width of a page
 
 
-class Entry(NamedTuple):
+class StyledText(NamedTuple):
     """What a place of a table says, as plain text."""
 
     text: str
@@ -41,12 +41,12 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """One table as plain text. lines: policy -> its entries, one for each of ``columns``."""
+    """One table as plain text. lines: policy -> its texts, one for each of ``columns``."""
 
     name: str
     caption: str
     columns: list[str]
-    lines: dict[str, list[Entry]]
+    lines: dict[str, list[StyledText]]
     notes: list[str]
 
 
@@ -81,13 +81,13 @@ def latex_file(grids: Sequence[Grid]) -> str:
 def to_markdown(grid: Grid) -> str:
     """A caption, a GitHub table and the notes."""
 
-    def entry(one: Entry) -> str:
+    def styled(one: StyledText) -> str:
         text = escape_markdown(one.text)
         return f"**{text}**" if one.bold else text
 
     header = ["policy", *map(escape_markdown, grid.columns)]
     lines = [header, ["---", *["---:"] * len(grid.columns)]]
-    lines += [[escape_markdown(name), *map(entry, entries)] for name, entries in grid.lines.items()]
+    lines += [[escape_markdown(name), *map(styled, texts)] for name, texts in grid.lines.items()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     notes = escape_markdown(" ".join(grid.notes))
     return f"**{escape_markdown(grid.caption)}**\n\n{table}\n\n{notes}\n"
@@ -96,16 +96,14 @@ def to_markdown(grid: Grid) -> str:
 def to_latex(grid: Grid) -> str:
     """A table environment; a wide one is scaled to the page."""
 
-    def entry(one: Entry) -> str:
+    def styled(one: StyledText) -> str:
         text = escape_latex(one.text)
         return rf"\textbf{{{text}}}" if one.bold else text
 
     def line(texts: Sequence[str]) -> str:
         return " & ".join(texts) + r" \\"
 
-    lines = [
-        line([escape_latex(name), *map(entry, entries)]) for name, entries in grid.lines.items()
-    ]
+    lines = [line([escape_latex(name), *map(styled, texts)]) for name, texts in grid.lines.items()]
     if len(lines) > 1 and is_full_cache(next(iter(grid.lines))):
         lines.insert(1, r"\midrule")
     texts = [
@@ -131,7 +129,7 @@ def to_latex(grid: Grid) -> str:
 
 
 def _is_wide(grid: Grid) -> bool:
-    table = [grid.columns, *[[entry.text for entry in entries] for entries in grid.lines.values()]]
+    table = [grid.columns, *[[one.text for one in texts] for texts in grid.lines.values()]]
     columns = [list(grid.lines), *map(list, zip(*table, strict=True))]
     # Two characters stand for the space between columns.
     return sum(2 + max(map(len, texts)) for texts in columns) > _PAGE_CHARACTERS

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from kvarena.harness.analysis.comparison import SECTION, is_full_cache
+from kvarena.harness.analysis.comparison import CONTEST, is_full_cache
 from kvarena.harness.analysis.sign_flips import LEAST_DOCUMENTS, SIGNIFICANCE
 from kvarena.harness.budget import parse_budget
-from kvarena.harness.report.paper_markup import AT_LEAST, DIFFERS, TIE, UNBOUND, Entry
+from kvarena.harness.report.paper_markup import AT_LEAST, DIFFERS, TIE, UNBOUND, StyledText
 
 _NO_INTERVALS = (
     "No intervals: a part has one document only, which says nothing of how its scores spread."
@@ -22,7 +22,7 @@ def caption(what: str, cells: pd.DataFrame, rows: pd.DataFrame, budgets: Sequenc
     """
     is_forced = "kl_mean" in rows and rows["kl_mean"].notna().any()
     measure = "token agreement with the full cache" if is_forced else "score"
-    task, model, variant = (str(label) for label in cells.iloc[0][SECTION])
+    task, model, variant = (str(label) for label in cells.iloc[0][CONTEST])
     settings = f" ({variant})" if variant else ""
     about = f"the task {task} with the model {model}{settings}, {_under(budgets)}"
     return f"{what.format(measure)} {about}."
@@ -58,10 +58,10 @@ def intervals(cells: pd.DataFrame) -> str:
     )
 
 
-def marks(entries: Sequence[Entry], per: str) -> Iterator[str]:
+def marks(texts: Sequence[StyledText], per: str) -> Iterator[str]:
     """What bold and the marks mean that are there; per: budget or part."""
-    shown = "".join(entry.text for entry in entries)
-    if any(entry.bold for entry in entries):
+    shown = "".join(one.text for one in texts)
+    if any(one.bold for one in texts):
         yield f"Bold: best of the policies that hold less than the full cache, per {per}."
     if TIE in shown:
         yield (

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from kvarena.harness.analysis.comparison import (
-    SECTION,
+    CONTEST,
     compare_cells,
     compare_pairs,
     is_full_cache,
@@ -35,13 +35,13 @@ from kvarena.harness.report.paper_markup import (
     MISSING,
     TIE,
     UNBOUND,
-    Entry,
     Grid,
+    StyledText,
     latex_file,
     markdown_file,
 )
 from kvarena.harness.report.text_tables import storable, write_csv
-from kvarena.harness.store.cell_folder import find_cells
+from kvarena.harness.store.cell_files import find_cells
 from kvarena.tasks.base import content_id
 
 
@@ -67,10 +67,10 @@ def write_tables(results_dir: Path) -> list[Path]:
         "pairs": compare_pairs(rows),
     }
     written += [write_csv(frame, folder / f"{name}.csv") for name, frame in frames.items()]
-    sections = dict(list(cells.groupby(SECTION, sort=False)))
-    texts = ["-".join(str(label) for label in labels if label) for labels in sections]
-    for name, (labels, own) in zip(unique_names(texts), sections.items(), strict=True):
-        tables = grids(own, rows[(rows[SECTION] == list(labels)).all(axis=1)], name)
+    contests = dict(list(cells.groupby(CONTEST, sort=False)))
+    texts = ["-".join(str(label) for label in labels if label) for labels in contests]
+    for name, (labels, own) in zip(unique_names(texts), contests.items(), strict=True):
+        tables = grids(own, rows[(rows[CONTEST] == list(labels)).all(axis=1)], name)
         for suffix, render in ((".md", markdown_file), (".tex", latex_file)):
             written.append(folder / f"{name}{suffix}")
             with replacing(written[-1]) as temporary:
@@ -101,7 +101,7 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame, name: str) -> list[Grid]:
     cells: what compare_cells gives of ``rows``, which are of one task, model and variant; name:
     how the names of the tables begin.
     """
-    cells = _with_contests(cells)
+    cells = _without_lone_winners(cells)
     evicting = ~cells["policy"].map(is_full_cache)
     budgets = list(cells.loc[evicting if evicting.any() else ~evicting, "budget"].unique())
     policies = _ranked(cells)
@@ -112,12 +112,12 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame, name: str) -> list[Grid]:
         what: str,
         under: list[str],
         columns: list[str],
-        lines: dict[str, list[Entry]],
+        lines: dict[str, list[StyledText]],
         note: str,
     ) -> Grid:
-        entries = [entry for line in lines.values() for entry in line]
+        texts = [one for line in lines.values() for one in line]
         per = "budget" if columns == under else "part"
-        notes = [*counts, note, *paper_notes.marks(entries, per)]
+        notes = [*counts, note, *paper_notes.marks(texts, per)]
         caption = paper_notes.caption(what, cells, rows, under)
         return Grid(f"{name}-{_name(kind)}", caption, columns, lines, notes)
 
@@ -148,7 +148,7 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame, name: str) -> list[Grid]:
     return tables
 
 
-def _with_contests(cells: pd.DataFrame) -> pd.DataFrame:
+def _without_lone_winners(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells, with a best one only where at least two compete."""
     labels = zip(cells["policy"], cells["num_compressed"], strict=True)
     competes = pd.Series([is_rival(*label) for label in labels], index=cells.index)
@@ -167,7 +167,7 @@ def _of_part(rows: pd.DataFrame, cells: pd.DataFrame, part: str) -> pd.DataFrame
     """compare_cells of one part, without the scores of cells that lack samples of any part."""
     own = compare_cells(rows[rows["part"] == part].drop(columns="num_planned"), allow_partial=True)
     shown = cells.loc[cells["score"].notna(), ["policy", "budget"]]
-    return _with_contests(own.merge(shown, on=["policy", "budget"]))
+    return _without_lone_winners(own.merge(shown, on=["policy", "budget"]))
 
 
 def _line(cells: pd.DataFrame, policy: str, budget: str) -> Any:
@@ -180,23 +180,23 @@ def _line(cells: pd.DataFrame, policy: str, budget: str) -> Any:
     return next(own[own["score"].notna()].itertuples(index=False), None)
 
 
-def _score(line: Any, *, interval: bool = True) -> Entry:
+def _score(line: Any, *, interval: bool = True) -> StyledText:
     if line is None:
-        return Entry(MISSING)
+        return StyledText(MISSING)
     text = f"{100 * line.score:.1f}{TIE if line.ties_best else ''}{_unbound(line)}"
     if interval and not pd.isna(line.score_low):
         text += f" [{100 * line.score_low:.0f}, {100 * line.score_high:.0f}]"
-    return Entry(text, bold=line.is_best)
+    return StyledText(text, bold=line.is_best)
 
 
-def _difference(line: Any) -> Entry:
+def _difference(line: Any) -> StyledText:
     if line is None or pd.isna(line.difference):
-        return Entry(MISSING)
+        return StyledText(MISSING)
     mark = DIFFERS if line.p_holm < SIGNIFICANCE else ""
     text = f"{100 * line.difference:+.1f}{mark}{_unbound(line)}"
     if not pd.isna(line.difference_low):
         text += f" [{100 * line.difference_low:+.0f}, {100 * line.difference_high:+.0f}]"
-    return Entry(text.replace("-", MINUS))
+    return StyledText(text.replace("-", MINUS))
 
 
 def _unbound(line: Any) -> str:

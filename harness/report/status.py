@@ -16,8 +16,8 @@ from typing import Any
 
 from kvarena.harness.entry import folder_parser, one_line_errors
 from kvarena.harness.errors import UsageError
-from kvarena.harness.report.listing import Line, print_cells
-from kvarena.harness.store.cell_folder import find_cells, read_manifest, read_status
+from kvarena.harness.report.listing import ListedCell, print_cells
+from kvarena.harness.store.cell_files import find_cells, read_manifest, read_status
 from kvarena.harness.store.row_files import codecs_used, read_lines, read_sample_ids
 
 # All that a plan leaves in a folder, and what a command that did not begin may add.
@@ -123,20 +123,20 @@ def _is_locked(path: Path) -> bool:
 
 def print_statuses(statuses: Sequence[CellStatus]) -> None:
     """A line per cell, what is damaged, and a count of all."""
-    lines = []
+    listed = []
     for cell in statuses:
         failed = ", ".join(f"{num} {name}" for name, num in sorted(cell.num_failed.items()))
         state = f"{cell.state}: {failed}" if failed else cell.state
         texts = (state, f"{cell.num_ok}/{cell.num_planned}", cell.updated)
-        lines.append(
-            Line(
+        listed.append(
+            ListedCell(
                 path=cell.path,
                 identity=cell.identity,
                 codecs_used=cell.codecs_used,
                 texts=texts,
             )
         )
-    print_cells(lines, ("state", "ok", "updated UTC"))
+    print_cells(listed, ("state", "ok", "updated UTC"))
     for cell in statuses:
         if cell.problem:
             print(f"damaged: {cell.problem}")

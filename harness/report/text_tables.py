@@ -7,7 +7,7 @@ import re
 import string
 import sys
 import textwrap
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvarena.harness.analysis.comparison import SECTION, is_full_cache
+from kvarena.harness.analysis.comparison import CONTEST, Line, is_full_cache
 from kvarena.harness.analysis.distances import score_name
 from kvarena.harness.column import Column
 from kvarena.harness.files import replacing
@@ -28,8 +28,6 @@ NOTHING_EVICTED = "nothing was evicted: the budget never bound"
 _TIMES = ("TTFT s", "tok/s")
 _TEXT = pd.StringDtype()
 _DTYPES = {int: pd.Int64Dtype(), float: pd.Float64Dtype(), bool: pd.BooleanDtype()}
-
-Line = dict[Hashable, Any]  # a line of a frame, by column
 
 
 def print_summary(summary: pd.DataFrame, stream: TextIO | None = None) -> None:
@@ -45,7 +43,7 @@ def print_summary(summary: pd.DataFrame, stream: TextIO | None = None) -> None:
         return
     summary = _with_texts(summary)
     shown: set[str] = set()
-    for labels, lines in summary.groupby(SECTION, sort=False):
+    for labels, lines in summary.groupby(CONTEST, sort=False):
         title = ", ".join(str(label) for label in labels if label)
         columns = _columns(lines)
         shown |= columns.keys()

@@ -17,7 +17,7 @@ import pandas as pd
 from kvarena.harness.analysis.row_frame import read_rows
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import one_of
-from kvarena.harness.store.cell_folder import flat, read_manifest
+from kvarena.harness.store.cell_files import flat, read_manifest
 
 TRACKERS = ("none", "mlflow", "wandb", "trackio")
 PROJECT = "kvarena"

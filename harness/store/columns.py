@@ -1,10 +1,10 @@
 """Every column of rows and of their summary, declared once: name, type, unit, meaning.
 
 To add one: a line here, and the code that measures it (harness/cells/sample_rows.py, or
-forced_answers.py for forced answers). What a task tells of its own samples it declares itself, in
-``row_columns``. Lines of result files are checked against these declarations, Parquet and CSV have
-their types, and ``make dictionary`` (``python -m kvarena.harness.store.columns``) writes the tables
-of results/README.md from them.
+fidelity_measures.py for forced answers). What a task tells of its own samples it declares itself,
+in ``row_columns``. Lines of result files are checked against these declarations, Parquet and CSV
+have their types, and ``make dictionary`` (``python -m kvarena.harness.store.columns``) writes the
+tables of results/README.md from them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -19,7 +19,7 @@ from kvarena.harness.entry import folder_parser, one_line_errors
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.report import budget_charts, text_tables
-from kvarena.harness.store.cell_folder import find_cells
+from kvarena.harness.store.cell_files import find_cells
 from kvarena.harness.studies.reference import REPOSITORY, renew_tables, without_texts
 
 NAME = "equal-bytes"

@@ -13,7 +13,7 @@ from kvarena.harness.budget import parse_budget
 from kvarena.harness.errors import UsageError
 from kvarena.harness.report.budget_charts import default_settings
 from kvarena.harness.report.policy_styles import policy_style
-from kvarena.harness.store.cell_folder import find_cells
+from kvarena.harness.store.cell_files import find_cells
 
 WIDTH_IN = 7.6
 

@@ -18,13 +18,13 @@ from kvarena.harness.errors import UsageError
 from kvarena.harness.testing.faults import ContractError, told
 from kvarena.harness.testing.oracle import replay_difference
 from kvarena.harness.testing.score_calls import Watch, copied, other_order, reordered
-from kvarena.harness.testing.subject import (
+from kvarena.harness.testing.trial import (
     CHUNK_TOKENS,
     HEAD_DIM,
     KV_HEADS,
     NEW_TOKENS,
     Make,
-    Subject,
+    Trial,
     history,
     unlike,
     unlike_steps,
@@ -52,7 +52,7 @@ def check_policy(make: Make) -> Iterator[Finding]:
     Raises whatever ``make`` raises, and UsageError for an option that does not suit the toy model,
     such as weights of a model with other heads.
     """
-    subject, failed = Subject(make), set()
+    trial, failed = Trial(make), set()
     kind = type(make())
     for name, (check, needs) in CHECKS.items():
         unmet = [need for need in needs if need in failed]
@@ -60,7 +60,7 @@ def check_policy(make: Make) -> Iterator[Finding]:
             yield Finding(check=name, verdict="not run", text=f"mend {unmet[0]} first")
             continue
         try:
-            yield Finding(check=name, verdict="ok", text=check(subject))
+            yield Finding(check=name, verdict="ok", text=check(trial))
         except UsageError:
             raise
         except Exception as error:  # whatever a policy's code may raise
@@ -71,15 +71,15 @@ def check_policy(make: Make) -> Iterator[Finding]:
 # ---- the checks: each returns what to say if all is well, and raises if not ----
 
 
-def _scores(subject: Subject) -> str:
-    calls = subject.calls
+def _scores(trial: Trial) -> str:
+    calls = trial.calls
     if not calls:
         return "never asked for: the policy keeps everything (evicts = False)"
     return f"{len(calls)} calls gave a number for each sequence, KV head and token"
 
 
-def _finite(subject: Subject) -> str:
-    for call in subject.calls:
+def _finite(trial: Trial) -> str:
+    for call in trial.calls:
         broken = ~call.scores.isfinite()
         if broken.any():
             name = "NaN" if call.scores.isnan().any() else "infinity"
@@ -91,18 +91,18 @@ def _finite(subject: Subject) -> str:
     return "no NaN and no infinity"
 
 
-def _storage_order(subject: Subject) -> str:
+def _storage_order(trial: Trial) -> str:
     """Kept tokens change places, new ones stay the last, as the engine promises."""
-    calls = [call for call in subject.calls if call.view.positions.shape[-1] > CHUNK_TOKENS]
+    calls = [call for call in trial.calls if call.view.positions.shape[-1] > CHUNK_TOKENS]
     generator = torch.Generator().manual_seed(0)
-    prompt_tokens = len(subject.prompts[0])
+    prompt_tokens = len(trial.prompts[0])
     for call in calls[::_EVERY]:
         positions = call.view.positions
         num_new = 1 if int(positions.max()) >= prompt_tokens else CHUNK_TOKENS
         order = other_order(positions, num_new, generator)
         with torch.inference_mode():
-            plain = subject.make().score(copied(call.view)).double()
-            moved = subject.make().score(reordered(call.view, order)).double()
+            plain = trial.make().score(copied(call.view)).double()
+            moved = trial.make().score(reordered(call.view, order)).double()
         expected = plain.gather(-1, order)
         spread = plain.amax(dim=-1, keepdim=True) - plain.amin(dim=-1, keepdim=True)
         # Sums in another order differ by rounding, in float32 at most.
@@ -119,13 +119,13 @@ def _storage_order(subject: Subject) -> str:
     return "kept tokens may stand in any order" if calls else "nothing was scored"
 
 
-def _protection(subject: Subject) -> str:
+def _protection(trial: Trial) -> str:
     try:
-        policy = subject.make(sinks=3, recent=5)
+        policy = trial.make(sinks=3, recent=5)
     except ValueError as error:
         seen = f"with sinks=3 and recent=5: {error}"
         raise ContractError(seen, "both can be set for any policy", "__post_init__") from error
-    for generation in subject.run(policy, subject.prompts[:2], slots=2):
+    for generation in trial.run(policy, trial.prompts[:2], slots=2):
         for step in history(generation):
             end = step.seen_tokens
             wanted = {*range(min(3, end)), *range(max(0, end - 5), end)}
@@ -142,10 +142,10 @@ def _protection(subject: Subject) -> str:
     return "the first and newest tokens stay with sinks=3 and recent=5"
 
 
-def _oracle(subject: Subject) -> str:
-    watch = Watch(subject.make())
-    policy, prompts = watch.policy, subject.prompts[:2]
-    generations = subject.engine(policy, slots=2).generate(
+def _oracle(trial: Trial) -> str:
+    watch = Watch(trial.make())
+    policy, prompts = watch.policy, trial.prompts[:2]
+    generations = trial.engine(policy, slots=2).generate(
         prompts,
         max_new_tokens=NEW_TOKENS,
         on_pass=watch.count_pass,
@@ -157,7 +157,7 @@ def _oracle(subject: Subject) -> str:
         assert generation.logits is not None
         try:
             difference = replay_difference(
-                subject.model,
+                trial.model,
                 prompt + generation.token_ids[:-1],
                 history(generation),
                 generation.logits,
@@ -181,15 +181,15 @@ def _oracle(subject: Subject) -> str:
     return f"logits are those of a full cache that hides what was evicted, within {largest:.0e}"
 
 
-def _samples(subject: Subject) -> str:
+def _samples(trial: Trial) -> str:
     wanted = "the same; state of a token belongs into columns, and none is kept between samples"
-    again = subject.run(subject.make(), subject.prompts)
-    for number, (one, other) in enumerate(zip(subject.alone, again, strict=True)):
+    again = trial.run(trial.make(), trial.prompts)
+    for number, (one, other) in enumerate(zip(trial.alone, again, strict=True)):
         seen = unlike(one, other)
         if seen:
             raise ContractError(f"after other samples, prompt {number} {seen} than alone", wanted)
-    first, longer = history(subject.alone[0]), history(subject.alone[-1])
-    num_shared = len(subject.prompts[0]) // CHUNK_TOKENS
+    first, longer = history(trial.alone[0]), history(trial.alone[-1])
+    num_shared = len(trial.prompts[0]) // CHUNK_TOKENS
     for before, after in zip(first[:num_shared], longer[:num_shared], strict=True):
         seen = unlike_steps(before, after)
         if seen:
@@ -197,13 +197,13 @@ def _samples(subject: Subject) -> str:
     return "a prompt keeps the same tokens after any others, whatever follows"
 
 
-def _neighbours(subject: Subject) -> str:
-    indices = list(range(len(subject.prompts)))
+def _neighbours(trial: Trial) -> str:
+    indices = list(range(len(trial.prompts)))
     for order in (indices, indices[::-1]):
-        prompts = [subject.prompts[index] for index in order]
-        among = subject.run(subject.make(), prompts, slots=len(prompts))
+        prompts = [trial.prompts[index] for index in order]
+        among = trial.run(trial.make(), prompts, slots=len(prompts))
         for index, generation in zip(order, among, strict=True):
-            seen = unlike(subject.alone[index], generation)
+            seen = unlike(trial.alone[index], generation)
             if seen:
                 raise ContractError(
                     f"among {len(prompts)} prompts, prompt {index} {seen} than alone",
@@ -212,10 +212,10 @@ def _neighbours(subject: Subject) -> str:
     return f"a prompt keeps the same tokens alone and among {len(indices)}, in any order"
 
 
-def _memory(subject: Subject) -> str:
-    policy = subject.make()
-    prompt = subject.prompts[-1]
-    batch = subject.engine(policy).batch([prompt], max_new_tokens=NEW_TOKENS)
+def _memory(trial: Trial) -> str:
+    policy = trial.make()
+    prompt = trial.prompts[-1]
+    batch = trial.engine(policy).batch([prompt], max_new_tokens=NEW_TOKENS)
     alive: list[int] = []  # after each pass
     ended: list[Generation] = []
     while not ended:
@@ -234,12 +234,12 @@ def _memory(subject: Subject) -> str:
         return "not bounded: the policy keeps everything (evicts = False)"
     per_token = 2 * HEAD_DIM * 8 + 4 + 4 * len(policy.columns)  # key, value, position, columns
     sinks = policy.sinks * HEAD_DIM * 8 if policy.needs.rank_positions else 0
-    places = subject.budget_tokens + CHUNK_TOKENS
+    places = trial.budget_tokens + CHUNK_TOKENS
     limit = len(batch.layers) * KV_HEADS * (places * per_token + sinks)
-    if batch.kv_bytes_allocated > limit or generation.kept_tokens > subject.budget_tokens:
+    if batch.kv_bytes_allocated > limit or generation.kept_tokens > trial.budget_tokens:
         raise ContractError(
             f"{batch.kv_bytes_allocated} bytes of buffers, {generation.kept_tokens} tokens kept",
-            f"at most {limit} bytes and {subject.budget_tokens} tokens",
+            f"at most {limit} bytes and {trial.budget_tokens} tokens",
         )
     return f"{batch.kv_bytes_allocated} bytes of buffers for budget and chunk, and no more"
 
@@ -251,21 +251,21 @@ class _Newest(Policy):
         return view.positions.float()
 
 
-def _cost(subject: Subject) -> str:
+def _cost(trial: Trial) -> str:
     """CPU time of this process, which no other one disturbs; the smallest of a few rounds."""
 
     def sec(policy: Policy) -> float:
-        engine, start = subject.engine(policy, slots=3), time.process_time()
-        list(engine.generate(subject.prompts[:3], max_new_tokens=NEW_TOKENS))
+        engine, start = trial.engine(policy, slots=3), time.process_time()
+        list(engine.generate(trial.prompts[:3], max_new_tokens=NEW_TOKENS))
         return time.process_time() - start
 
-    rounds = [(sec(subject.make()), sec(_Newest())) for _ in range(_COST_ROUNDS)]
+    rounds = [(sec(trial.make()), sec(_Newest())) for _ in range(_COST_ROUNDS)]
     own, newest = (min(column) for column in zip(*rounds, strict=True))
     return f"{own / newest:.2f} x the time of keeping the newest tokens, on this toy (never fails)"
 
 
 # check -> what does it, and the checks that must have passed before it says anything
-CHECKS: dict[str, tuple[Callable[[Subject], str], tuple[str, ...]]] = {
+CHECKS: dict[str, tuple[Callable[[Trial], str], tuple[str, ...]]] = {
     "scores": (_scores, ()),
     "finite": (_finite, ("scores",)),
     "storage order": (_storage_order, ("scores", "finite")),

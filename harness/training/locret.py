@@ -56,7 +56,7 @@ HELD_OUT_SAMPLES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class TrainingSettings:
     """What decides the heads; num_hidden is what the paper calls d_R.
 
     prompt_tokens: longest prompt; question_first: for Locret-Q, to run with question=first.
@@ -79,7 +79,7 @@ class Settings:
 class Training:
     """Heads, optimizer and losses so far: what a checkpoint holds."""
 
-    settings: Settings
+    settings: TrainingSettings
     heads: RetainingHeads
     optimizer: torch.optim.Optimizer
     losses: list[dict[str, Any]] = field(default_factory=list)  # Any: columns of the losses' CSV
@@ -90,7 +90,7 @@ class Training:
         return len(self.losses) // NUM_PASSES
 
     @classmethod
-    def new(cls, settings: Settings, shape: tuple[int, int, int]) -> "Training":
+    def new(cls, settings: TrainingSettings, shape: tuple[int, int, int]) -> "Training":
         """shape: layers, features per token, KV heads."""
         heads = RetainingHeads(shape, settings.num_hidden, settings.seed)
         optimizer = torch.optim.AdamW(heads.parameters(), lr=LEARNING_RATE, betas=BETAS)
@@ -140,7 +140,7 @@ class Training:
         self.losses = held["losses"]
 
 
-def train(settings: Settings, out: Path, device: str = "cpu") -> bool:
+def train(settings: TrainingSettings, out: Path, device: str = "cpu") -> bool:
     """Train, evaluate and write; False if ``out`` was there already with the same settings.
 
     Raises UsageError if it, or a checkpoint beside it, comes from other settings.
@@ -227,7 +227,7 @@ def _settings_of(heads: Path) -> dict[str, Any]:
         raise UsageError(f"{heads} is damaged ({error}); remove it") from error
 
 
-def _check_settings(path: Path, found: dict[str, Any], wanted: Settings) -> None:
+def _check_settings(path: Path, found: dict[str, Any], wanted: TrainingSettings) -> None:
     differing = [name for name, value in vars(wanted).items() if found.get(name) != value]
     if differing:
         have = ", ".join(f"{name}={found.get(name)}" for name in differing)
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     with one_line_errors():
         given = parser.parse_args()
-        settings = Settings(
+        settings = TrainingSettings(
             model=given.model,
             num_samples=given.samples,
             prompt_tokens=given.prompt_tokens,

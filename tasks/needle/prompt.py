@@ -11,7 +11,7 @@ from kvarena.tasks.base import render_prompt
 from kvarena.tasks.haystack import Stretch
 
 
-class Prompt(NamedTuple):
+class NeedlePrompt(NamedTuple):
     """A prompt and where its needles are; lists are in the order the needles were given in."""
 
     text: str
@@ -29,7 +29,7 @@ def hide_needles(
     intro: str,
     question: str,
     length_tokens: int,
-) -> Prompt:
+) -> NeedlePrompt:
     """The longest prompt within ``length_tokens``, each needle at the boundary nearest its depth.
 
     Raises ValueError, with the least possible length, if there is no room for one sentence.
@@ -67,7 +67,7 @@ def hide_needles(
         haystack_before[n] = first_tokens[n] - start - needle_tokens
         needle_tokens += tokens_before(after + " ") - first_tokens[n]
     haystack_tokens = end - start - needle_tokens
-    return Prompt(
+    return NeedlePrompt(
         text=whole,
         token_ids=token_ids,
         question_tokens=len(token_ids) - end,

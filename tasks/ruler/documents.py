@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarena.tasks.ruler.prompts import QUESTION_ANSWERING, Prompt, Recipe
+from kvarena.tasks.ruler.prompts import QUESTION_ANSWERING, PromptParts, Recipe
 
 DOCUMENT = "Document {number}:\n{text}"
 SOURCES = {
@@ -103,14 +103,14 @@ def qa_recipe(source: QuestionSet, question: Question, seed: int) -> Recipe:
     others = [number for number in range(len(source.documents)) if number not in known]
     distractors = near + rng.sample(others, min(len(others), MOST_OTHERS))
 
-    def make(size: int) -> Prompt:
+    def make(size: int) -> PromptParts:
         chosen = [*question.needed, *distractors[:size]]
         random.Random(f"{seed} {size}").shuffle(chosen)
         texts = [source.documents[number] for number in chosen]
         context = "\n\n".join(
             DOCUMENT.format(number=number, text=text) for number, text in enumerate(texts, 1)
         )
-        return Prompt.worded(
+        return PromptParts.worded(
             QUESTION_ANSWERING,
             context,
             question.answers,

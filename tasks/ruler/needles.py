@@ -13,7 +13,7 @@ from itertools import chain, pairwise
 
 from wonderwords import RandomWord
 
-from kvarena.tasks.ruler.prompts import NEEDLE, NIAH, NOISE, SINGULAR, Prompt, Recipe
+from kvarena.tasks.ruler.prompts import NEEDLE, NIAH, NOISE, SINGULAR, PromptParts, Recipe
 
 DEPTHS_PERCENT = tuple(round(100 * step / 39) for step in range(40))
 
@@ -80,10 +80,10 @@ def niah_recipe(task: Niah, sentences: Sequence[str], seed: int) -> Recipe:
             lines.insert(cut, needle)
         return "\n".join(lines)
 
-    def make(size: int) -> Prompt:
+    def make(size: int) -> PromptParts:
         context = with_text(size) if task.haystack == "text" else in_lines(size)
         wording, kind = _wording(task.values, len(answers))
-        return Prompt.worded(
+        return PromptParts.worded(
             wording, context, answers, marks=answers, kind=kind, query=_listed(queries)
         )
 

@@ -49,7 +49,7 @@ SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"))  # in this order, f
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
+class PromptParts:
     """A user turn ``before + context + after`` and the beginning of the answer, ``prefix``.
 
     marks: what the answer depends on, each word for word in the context.
@@ -72,7 +72,7 @@ class Prompt:
         marks: Sequence[str] = (),
         example: str = "",
         **words: object,
-    ) -> "Prompt":
+    ) -> "PromptParts":
         """``words`` fill the gaps of a template with ``{context}`` and a prefix; example leads."""
         # Split before formatting: the context may hold braces.
         before, after = (part.format(**words) for part in wording[0].split("{context}"))
@@ -113,11 +113,11 @@ class Prompt:
 class Recipe:
     """A prompt of any ``size`` from smallest to largest; a larger one takes more tokens."""
 
-    make: Callable[[int], Prompt]
+    make: Callable[[int], PromptParts]
     smallest: int
     largest: int = 10**9
 
-    def fitted(self, num_tokens: Callable[[Prompt], int], limit_tokens: int) -> Prompt:
+    def fitted(self, num_tokens: Callable[[PromptParts], int], limit_tokens: int) -> PromptParts:
         """The prompt of the largest size within the limit. ValueError if even the smallest is over.
 
         Sizes are guessed from the tokens that one more unit takes, so a few tries are enough; from

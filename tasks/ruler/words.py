@@ -12,7 +12,7 @@ from kvarena.tasks.ruler.prompts import (
     FREQUENT_WORDS,
     NOISE,
     VARIABLE_TRACKING,
-    Prompt,
+    PromptParts,
     Recipe,
 )
 
@@ -31,7 +31,7 @@ def vt_recipe(count_tokens: Callable[[str], int], answer_tokens: int, seed: int)
     rng = random.Random(seed)
     recipe = _chain_recipe("", 3, rng)
 
-    def tokens(example: Prompt) -> int:
+    def tokens(example: PromptParts) -> int:
         return count_tokens(example.user_text + example.prefix) + answer_tokens
 
     least_tokens = tokens(recipe.make(recipe.smallest))
@@ -53,14 +53,14 @@ def _chain_recipe(example: str, num_letters: int, rng: random.Random) -> Recipe:
     steps += [f"VAR {new} = VAR {old}" for old, new in pairwise(names)]
     seed = rng.getrandbits(64)
 
-    def make(size: int) -> Prompt:
+    def make(size: int) -> PromptParts:
         lines = [f"{NOISE}\n"] * size
         cuts = random.Random(f"{seed} {size}").sample(range(size), len(steps))
         # A step shares the line of the noise after it, and all but the first end in a space.
         for cut, step in sorted(zip(sorted(cuts), steps, strict=True), reverse=True):
             lines.insert(cut, step if step is steps[0] else f"{step} ")
         context = " ".join(lines)
-        return Prompt.worded(
+        return PromptParts.worded(
             VARIABLE_TRACKING,
             context,
             names,
@@ -82,14 +82,16 @@ def cwe_recipe(length_tokens: int, seed: int) -> Recipe:
     num_example = 20 if short else 40
     example_words, words = pool[:num_example], pool[num_example:]
     example_list = _numbered_list(example_words, *((3, 1) if short else (10, 3)), rng)
-    example = Prompt.worded(COMMON_WORDS, example_list, ())
+    example = PromptParts.worded(COMMON_WORDS, example_list, ())
     # The benchmark puts no space between the prefix and the example's answer.
     answered = example.user_text + example.prefix + _numbered(example_words[:NUM_COMMON])
 
-    def make(size: int) -> Prompt:
+    def make(size: int) -> PromptParts:
         order = random.Random(f"{seed} {size}")
         context = _numbered_list(words[:size], *((6, 1) if short else (30, 3)), order)
-        return Prompt.worded(COMMON_WORDS, context, words[:NUM_COMMON], example=f"{answered}\n")
+        return PromptParts.worded(
+            COMMON_WORDS, context, words[:NUM_COMMON], example=f"{answered}\n"
+        )
 
     return Recipe(make=make, smallest=NUM_COMMON + 1, largest=len(words))
 
@@ -119,7 +121,7 @@ def fwe_recipe(length_tokens: int, seed: int) -> Recipe:
         if word not in vocabulary:
             vocabulary.append(word)
 
-    def make(size: int) -> Prompt:
+    def make(size: int) -> PromptParts:
         share = 6 / math.pi**2
         words = [
             word
@@ -127,7 +129,7 @@ def fwe_recipe(length_tokens: int, seed: int) -> Recipe:
             for _ in range(int(size * share * rank**-ALPHA))
         ]
         random.Random(f"{seed} {size}").shuffle(words)
-        return Prompt.worded(FREQUENT_WORDS, " ".join(words), vocabulary[1:4])
+        return PromptParts.worded(FREQUENT_WORDS, " ".join(words), vocabulary[1:4])
 
     # From 74 words on, the fourth rank is always more frequent than the fifth.
     return Recipe(make=make, smallest=74)

@@ -1,6 +1,6 @@
-"""Prefill and decode of the engine, one variant per point: what both benches put together."""
+"""Prefill and decode of the engine, a timed case per point: what both benches put together."""
 
-from kvarena.harness.bench.measure import Case, Variant
+from kvarena.harness.bench.measure import Case, TimedCase
 from kvarena.harness.bench.memory import peak_bytes
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.bench.timed_passes import warm_pass_sec
@@ -17,7 +17,7 @@ def prefill(
     budget_tokens: int,
     chunk_tokens: int,
     attention: str = "sdpa",
-) -> Variant:
+) -> TimedCase:
     """A prompt alone in the engine, up to its first new token: ``ttft_sec`` and tokens per second.
 
     The warm-up reads a shorter prompt in passes of all the same shapes and notes the peak memory,
@@ -44,7 +44,7 @@ def prefill(
     # The first chunk is the short one, so passes depend on the remainder and then repeat.
     covered = -(-budget_tokens // chunk_tokens) + 2
     shorter = min(prompt_tokens, prompt_tokens % chunk_tokens + covered * chunk_tokens)
-    return Variant(
+    return TimedCase(
         case=Case(
             section=section,
             what="prefill",
@@ -69,7 +69,7 @@ def decode(
     cache_tokens: int,
     passes: int,
     attention: str = "sdpa",
-) -> Variant:
+) -> TimedCase:
     """Passes that write one token in every slot and evict one: ``pass_sec``, tokens per second.
 
     The slots are filled anew at each visit, whose first pass is not timed.
@@ -86,7 +86,7 @@ def decode(
         )
         return {"pass_sec": pass_sec, "decode_tokens_per_sec": slots / pass_sec}
 
-    return Variant(
+    return TimedCase(
         case=Case(
             section=section,
             what="decode",

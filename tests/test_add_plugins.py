@@ -1,10 +1,11 @@
-"""A new policy is one file and one yaml: the proof, on a copy of the code with one more policy.
+"""A new policy, codec or task is one file and one yaml: the proof, on a copy of the code with more.
 
 The copy is tried in a process of its own, since kvarena is already imported in this one.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+import kvarena.codecs
 import kvarena.conf
 import kvarena.harness
 import kvarena.policies
@@ -51,6 +53,63 @@ sinks: 0      # first tokens of the text that are never evicted
 recent: 0     # newest tokens that are never evicted
 centre: 0.5   # 0: the first kept token, 1: the last
 """
+CODEC = (TESTS / "lossless.py").read_text()
+CODEC_YAML = """
+_target_: kvarena.codecs.lossless.Lossless
+window: 16   # newest tokens of each head that stay as they are
+block: 16    # tokens coded at once
+weighs: false
+"""
+TASK = '''
+"""Recall: say the word that stands between many others.
+
+Benchmark: none, https://example.org.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pandas as pd
+
+from kvarena.harness.column import Column
+from kvarena.tasks.base import Sample, Task, content_id
+
+
+@dataclass(kw_only=True)
+class Recall(Task):
+    """num_words: how many stand before the question."""
+
+    name: ClassVar[str] = "recall"
+    version: ClassVar[str] = "1"
+    row_columns: ClassVar[tuple[Column, ...]] = (Column("meta_place", int, "", "of the word"),)
+
+    num_words: int = 40
+
+    def samples(self, tokenizer, seed, limit=None):
+        words = [f"w{seed + n}" for n in range(self.num_words)]
+        prompt = tuple(tokenizer.encode(" ".join(words) + ". Which one?"))
+        return [
+            Sample(
+                id=content_id("recall", seed, place),
+                prompt_token_ids=prompt,
+                references=(words[place],),
+                max_new_tokens=4,
+                meta={"place": place},
+            )
+            for place in (0, self.num_words // 2)[:limit]
+        ]
+
+    def score(self, sample, text, *, finished=True):
+        return {"score": float(sample.references[0] in text)}
+
+    @classmethod
+    def summaries(cls, rows):
+        return {"by-place": rows.groupby("meta_place", as_index=False)["score"].mean()}
+'''
+TASK_YAML = """
+_target_: kvarena.tasks.recall.Recall
+num_words: 40
+"""
 # A file that does not even import.
 BROKEN = """
 from kvarena.policies.base import Policy
@@ -64,33 +123,53 @@ import json, sys
 from contextlib import redirect_stdout
 from pathlib import Path
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from kvarena.harness import registry
 from kvarena.harness.bench import sizes
 from kvarena.harness.command import run
 from kvarena.harness.command.overrides import prepare_arguments
+from kvarena.harness.report.html_page import write_report
+from kvarena.harness.store.columns import columns_of_tasks
 from kvarena.harness.studies import kept_tokens
 from kvarena.harness.testing import check_policy
 
 here = Path(sys.argv[1])
+arguments = sys.argv[2:]
+
+
+def said(name, command):
+    with (here / f"{name}.txt").open("w") as text, redirect_stdout(text):
+        try:
+            command()
+        except SystemExit as stop:
+            print("exit code", stop.code)
+
+
+def kvarena(*arguments):
+    GlobalHydra.instance().clear()
+    sys.argv = ["kvarena", *arguments]
+    run.main()
+
 built = registry.build(registry.load_choice("policy", "middle_out"))
 known = {"choices": registry.choices("policy"), "class": type(built).__name__,
          "file": registry.__file__, "options": vars(built),
          "benches": sizes.evicting_policies(see_attention=False),
          "studies": kept_tokens.evicting_policies(),
-         "policy=all": prepare_arguments(["-m", "policy=all"])[1]}
+         "policy=all": prepare_arguments(["-m", "policy=all"])[1],
+         "columns": [column.name for column in columns_of_tasks()]}
 (here / "known.json").write_text(json.dumps(known))
+said("list", registry.main)
+new = [next(text for text in arguments if text.startswith("model=")), "task=recall", "budget=64",
+       "policy=middle_out", "codec=lossless", f"results_dir={here / 'new'}"]
+said("plan", lambda: kvarena("mode=plan", *new))
+said("run", lambda: kvarena(*new))
+write_report(here / "new")
 broken = next(here.glob("site/kvarena/conf/policy/broken.*"))
 broken.rename(broken.with_suffix(".yaml"))
-arguments = sys.argv[2:]
 for name in ("middle_out", "broken"):
     sys.argv = ["check_policy", name]
-    with (here / f"{name}.txt").open("w") as said, redirect_stdout(said):
-        try:
-            check_policy.main()
-        except SystemExit as stop:
-            print("exit code", stop.code)
-sys.argv = ["kvarena", "-m", *arguments, "policy=glob(m*)", "policy.centre=0.5,0.6"]
-run.main()
+    said(name, check_policy.main)
+kvarena("-m", *arguments, "policy=glob(m*)", "policy.centre=0.5,0.6")
 sys.exit(pytest.main([str(here / "tests"), "-k", "middle_out", "-p", "no:cacheprovider",
                       f"--junitxml={here / 'tests.xml'}"]))
 """
@@ -98,15 +177,25 @@ sys.exit(pytest.main([str(here / "tests"), "-k", "middle_out", "-p", "no:cachepr
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The copy, used once: listed, built, swept and tested, with the outcomes in files."""
+    """The copy, used once: listed, built, planned, run and tested, with the outcomes in files."""
     folder = tmp_path_factory.mktemp("add_policy")
     package = folder / "site" / "kvarena"
     no_caches = shutil.ignore_patterns("__pycache__")
-    for module in (kvarena.harness, kvarena.policies, kvarena.tasks, kvarena.conf):
+    kinds = (kvarena.policies, kvarena.codecs, kvarena.tasks)
+    for module in (kvarena.harness, kvarena.conf, *kinds):
         name = module.__name__.removeprefix("kvarena.")
         shutil.copytree(module.__path__[0], package / name, ignore=no_caches)
-    (package / "policies" / "middle_out.py").write_text(POLICY.lstrip())
-    (package / "conf" / "policy" / "middle_out.yaml").write_text(YAML.lstrip())
+    # The report shows published figures beside one's own.
+    shutil.copytree(TESTS.parent / "results" / "published", package / "results" / "published")
+    for place, text in {
+        "policies/middle_out.py": POLICY,
+        "conf/policy/middle_out.yaml": YAML,
+        "codecs/lossless.py": CODEC,
+        "conf/codec/lossless.yaml": CODEC_YAML,
+        "tasks/recall.py": TASK,
+        "conf/task/recall.yaml": TASK_YAML,
+    }.items():
+        (package / place).write_text(text.lstrip())
     (package / "policies" / "broken.py").write_text(BROKEN.lstrip())
     broken = "_target_: kvarena.policies.broken.Broken\n"
     (package / "conf" / "policy" / "broken.later").write_text(broken)
@@ -144,6 +233,35 @@ def test_it_is_listed_and_built(site: Path) -> None:
 def test_benches_studies_and_all_policies_take_it_in(site: Path) -> None:
     for place in ("benches", "studies", "policy=all"):
         assert "middle_out" in known(site)[place], place
+
+
+def test_the_list_names_policy_codec_and_task_with_their_first_lines(site: Path) -> None:
+    listed = dict(line.split(maxsplit=1) for line in (site / "list.txt").open() if line[0] == " ")
+    assert listed["middle_out"].startswith("Middle out: tokens in the middle")
+    assert listed["lossless"].startswith("A codec that loses nothing")
+    assert listed["recall"].startswith("Recall: say the word")
+
+
+def test_a_plan_and_a_run_take_all_three_together(site: Path) -> None:
+    plan, ran = ((site / f"{name}.txt").read_text() for name in ("plan", "run"))
+    assert re.search(r"recall, toy\n(.*\n)*middle_out\+lossless +64 +missing +0/2 ", plan), plan
+    assert re.search(r"recall, toy\n(.*\n)*middle_out\+lossless +64 ", ran), ran
+    assert "exit code" not in plan + ran
+    (path,) = site.glob("new/runs/recall/toy/*/samples.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert {(row["policy"], row["codec"]) for row in rows} == {("middle_out+lossless", "lossless")}
+    assert sorted(row["meta_place"] for row in rows) == [0, 20]
+
+
+def test_tables_columns_and_report_have_what_the_task_adds(site: Path) -> None:
+    table = (site / "new" / "tables" / "recall-by-place.csv").read_text().splitlines()
+    assert table[0].startswith("meta_place,score")
+    assert len(table) == 3
+    assert "meta_place" in known(site)["columns"]
+    page = (site / "new" / "report.html").read_text()
+    assert "recall, toy" in page
+    assert "middle_out+lossless" in page
 
 
 def test_it_keeps_what_the_engine_relies_on(site: Path) -> None:

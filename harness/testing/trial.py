@@ -1,4 +1,4 @@
-"""A policy under test: a toy model, prompts and a budget for it, its runs, and how two compare."""
+"""A trial of a policy: a toy model, prompts and a budget, its answers, and how two compare."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Make(Protocol):
 
 
 @dataclass(frozen=True)
-class Subject:
+class Trial:
     """The policy under test, and what several checks share."""
 
     make: Make
