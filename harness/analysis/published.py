@@ -1,13 +1,11 @@
-"""Figures that papers published, checked line by line, and put beside this project's own cells.
+"""Figures that papers published, put beside this project's own cells.
 
 The figures are CSV files in ``results/published/``, whose README describes columns and grades. A
 figure stands beside a cell only where task, parts, model, policy and budget are the same; in what
 its protocol differs is told in its line, and nothing is corrected for it.
 """
 
-import csv
 import math
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -16,21 +14,16 @@ import pandas as pd
 from kvarena.harness.analysis.comparison import Line
 from kvarena.harness.budget import parse_budget
 from kvarena.harness.errors import UsageError
-from kvarena.harness.registry import choices, load_choice, named_class, one_of
+from kvarena.harness.registry import choices, load_choice, named_class
 from kvarena.tasks.base import Task
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published"
-# Those with True must not be empty.
-COLUMNS = {
-    "paper": True, "url": True, "table": True, "model": True, "task": True, "part": False,
-    "metric": True, "policy": True, "budget": False, "chunk": False, "value": True, "unit": True,
-    "protocol": True, "confidence": True, "note": False,
-}  # fmt: skip
+COLUMNS = [
+    "paper", "url", "table", "model", "task", "part", "metric", "policy", "budget", "chunk",
+    "value", "unit", "protocol", "confidence", "note",
+]  # fmt: skip
 GRADES = ("P", "A", "S", "K")  # best first: paper, abstract or caption, summary, knowledge
-UNITS = ("percent", "share", "points", "x", "tokens/s")
 SCORE_SCALE = {"percent": 0.01, "share": 1.0}  # what makes a score 0 to 1
-# No two lines agree in all of these.
-ONCE = ("paper", "table", "model", "task", "part", "metric", "policy", "budget")
 UNKNOWN = "not stated"  # a model or task that the source does not name; it equals no other
 
 # What must be equal for two scores to be comparable.
@@ -40,30 +33,13 @@ Identity = tuple[str, frozenset[str], str, str, str]
 def load_published(folder: Path = PUBLISHED) -> pd.DataFrame:
     """All figures in ``folder``: ``COLUMNS`` as text, but ``value`` as a float in its own unit.
 
-    Raises UsageError that names file and line for a line that breaks a rule of the README, and for
-    a figure that a paper's table has twice.
+    None where there is no such folder, as in an installed wheel.
     """
-    figures: list[dict[str, str | float]] = []
-    seen: dict[tuple[str, ...], str] = {}
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(encoding="utf-8", newline="") as stream:
-            lines = csv.reader(stream)
-            if next(lines, None) != list(COLUMNS):
-                raise UsageError(f"{path} line 1 must name the columns {','.join(COLUMNS)}")
-            for cells in lines:
-                where = f"{path} line {lines.line_num}"
-                if len(cells) != len(COLUMNS):
-                    raise UsageError(f"{where} has {len(cells)} cells, {len(COLUMNS)} are needed")
-                figure = dict(zip(COLUMNS, cells, strict=True))
-                value = _checked(where, figure)
-                key = tuple(figure[name] for name in ONCE)
-                if key in seen:
-                    raise UsageError(f"{where} is the figure of {seen[key]} again; keep one")
-                seen[key] = where
-                figures.append({**figure, "value": value})
-    if not figures:
-        raise UsageError(f"no figures in {folder}; take results/published of kvarena's repository")
-    return pd.DataFrame(figures)
+    tables = [
+        pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS].astype({"value": float})
+        for path in sorted(folder.glob("*.csv"))
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
 
 
 def with_parts(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -139,38 +115,3 @@ def _model(name: str) -> str:
     """One name for a preset and for the model on the hub that it stands for."""
     plain = name.rpartition("/")[2].casefold()
     return _presets().get(plain, plain)
-
-
-def _checked(where: str, figure: Mapping[str, str]) -> float:
-    """The value of one line. Raises UsageError that begins with ``where``."""
-    for name, text in figure.items():
-        if text != text.strip() or (COLUMNS[name] and not text):
-            raise UsageError(f"{where}: {name} must be a text without spaces around, got {text!r}")
-    try:
-        one_of("confidence", figure["confidence"], GRADES)
-        one_of("unit", figure["unit"], UNITS)
-        if figure["budget"]:
-            parse_budget(figure["budget"])
-        parts = _parts(figure["task"], figure["part"])
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
-    if not figure["url"].startswith("https://"):
-        raise UsageError(f"{where}: url must begin with https://, got {figure['url']!r}")
-    if figure["chunk"] and not (figure["chunk"].isascii() and figure["chunk"].isdigit()):
-        raise UsageError(f"{where}: chunk must be tokens or empty, got {figure['chunk']!r}")
-    if figure["task"] == "longbench" and not parts:
-        raise UsageError(f"{where}: part must say which LongBench tasks the figure is over")
-    try:
-        value = float(figure["value"])
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UsageError(f"{where}: value must be a number, got {figure['value']!r}")
-    if figure["metric"] == "score":
-        scale = SCORE_SCALE.get(figure["unit"], math.nan)
-        if not 0 <= value * scale <= 1:
-            raise UsageError(
-                f"{where}: a score must be 0 to 100 percent or a share of 0 to 1, "
-                f"got {figure['value']} {figure['unit']}"
-            )
-    return value
