@@ -1,4 +1,4 @@
-"""A new policy, codec or task is one file and one yaml: the proof, on a copy of the code with more.
+"""A new policy, shape, codec or task is one file and one yaml: the proof, on a copy with more.
 
 The copy is tried in a process of its own, since kvarena is already imported in this one.
 """
@@ -19,6 +19,7 @@ import kvarena.codecs
 import kvarena.conf
 import kvarena.harness
 import kvarena.policies
+import kvarena.shapes
 import kvarena.tasks
 from toy_folder import toy_overrides
 
@@ -52,6 +53,31 @@ _target_: kvarena.policies.middle_out.MiddleOut
 sinks: 0      # first tokens of the text that are never evicted
 recent: 0     # newest tokens that are never evicted
 centre: 0.5   # 0: the first kept token, 1: the last
+"""
+SHAPE = '''
+"""Bottom: the first layer keeps half as much again, and the others pay for it.
+
+Paper: none, https://example.org. Differs from the paper: nothing.
+"""
+
+from dataclasses import dataclass
+
+from kvarena.shapes.base import Shape
+
+
+@dataclass(kw_only=True)
+class Bottom(Shape):
+    """extra: share of the budget that the first layer gets on top."""
+
+    extra: float = 0.5
+
+    def layer_tokens(self, budget_tokens, protected_tokens, layer, num_layers):
+        more = round(self.extra * budget_tokens / (num_layers - 1)) * (num_layers - 1)
+        return budget_tokens + (more if layer == 0 else -more // (num_layers - 1))
+'''
+SHAPE_YAML = """
+_target_: kvarena.shapes.bottom.Bottom
+extra: 0.5   # share of the budget that the first layer gets on top
 """
 CODEC = (TESTS / "lossless.py").read_text()
 CODEC_YAML = """
@@ -160,7 +186,8 @@ known = {"choices": registry.choices("policy"), "class": type(built).__name__,
 (here / "known.json").write_text(json.dumps(known))
 said("list", registry.main)
 new = [next(text for text in arguments if text.startswith("model=")), "task=recall", "budget=64",
-       "policy=middle_out", "codec=lossless", f"results_dir={here / 'new'}"]
+       "policy=middle_out", "shape=bottom", "codec=lossless",
+       f"results_dir={here / 'new'}"]
 said("plan", lambda: kvarena("mode=plan", *new))
 said("run", lambda: kvarena(*new))
 write_report(here / "new")
@@ -181,15 +208,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("add_policy")
     package = folder / "site" / "kvarena"
     no_caches = shutil.ignore_patterns("__pycache__")
-    kinds = (kvarena.policies, kvarena.codecs, kvarena.tasks)
+    kinds = (kvarena.policies, kvarena.shapes, kvarena.codecs, kvarena.tasks)
     for module in (kvarena.harness, kvarena.conf, *kinds):
         name = module.__name__.removeprefix("kvarena.")
         shutil.copytree(module.__path__[0], package / name, ignore=no_caches)
-    # The report shows published figures beside one's own.
-    shutil.copytree(TESTS.parent / "results" / "published", package / "results" / "published")
     for place, text in {
         "policies/middle_out.py": POLICY,
         "conf/policy/middle_out.yaml": YAML,
+        "shapes/bottom.py": SHAPE,
+        "conf/shape/bottom.yaml": SHAPE_YAML,
         "codecs/lossless.py": CODEC,
         "conf/codec/lossless.yaml": CODEC_YAML,
         "tasks/recall.py": TASK,
@@ -235,22 +262,28 @@ def test_benches_studies_and_all_policies_take_it_in(site: Path) -> None:
         assert "middle_out" in known(site)[place], place
 
 
-def test_the_list_names_policy_codec_and_task_with_their_first_lines(site: Path) -> None:
+def test_the_list_names_each_of_them_with_their_first_lines(site: Path) -> None:
     listed = dict(line.split(maxsplit=1) for line in (site / "list.txt").open() if line[0] == " ")
     assert listed["middle_out"].startswith("Middle out: tokens in the middle")
+    assert listed["bottom"].startswith("Bottom: the first layer keeps half as much again")
     assert listed["lossless"].startswith("A codec that loses nothing")
     assert listed["recall"].startswith("Recall: say the word")
 
 
-def test_a_plan_and_a_run_take_all_three_together(site: Path) -> None:
+def test_a_plan_and_a_run_take_all_of_them_together(site: Path) -> None:
     plan, ran = ((site / f"{name}.txt").read_text() for name in ("plan", "run"))
-    assert re.search(r"recall, toy\n(.*\n)*middle_out\+lossless +64 +missing +0/2 ", plan), plan
-    assert re.search(r"recall, toy\n(.*\n)*middle_out\+lossless +64 ", ran), ran
+    assert re.search(
+        r"recall, toy\n(.*\n)*middle_out\(shape=bottom\)\+lossless +64 +missing +0/2 ", plan
+    ), plan
+    assert re.search(r"recall, toy\n(.*\n)*middle_out\(shape=bottom\)\+lossless +64 ", ran), ran
     assert "exit code" not in plan + ran
     (path,) = site.glob("new/runs/recall/toy/*/samples.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["status"] for row in rows] == ["ok", "ok"]
-    assert {(row["policy"], row["codec"]) for row in rows} == {("middle_out+lossless", "lossless")}
+    assert {(row["policy"], row["codec"]) for row in rows} == {
+        ("middle_out(shape=bottom)+lossless", "lossless")
+    }
+    assert {row["shape"] for row in rows} == {"bottom"}
     assert sorted(row["meta_place"] for row in rows) == [0, 20]
 
 
@@ -261,7 +294,7 @@ def test_tables_columns_and_report_have_what_the_task_adds(site: Path) -> None:
     assert "meta_place" in known(site)["columns"]
     page = (site / "new" / "report.html").read_text()
     assert "recall, toy" in page
-    assert "middle_out+lossless" in page
+    assert "middle_out(shape=bottom)+lossless" in page
 
 
 def test_it_keeps_what_the_engine_relies_on(site: Path) -> None:

@@ -27,6 +27,7 @@ from kvarena.harness.settings import CellSettings, decides_rows
 from kvarena.harness.store.shards import Shard, parse_shard
 from kvarena.policies.base import Policy
 from kvarena.shapes.base import Shape
+from kvarena.shapes.uniform import Uniform
 from kvarena.tasks.base import Sample, Task, Tokenizer
 
 
@@ -57,8 +58,8 @@ class Cell:
         task = self._unsettled_task
         if task.is_teacher_forced and not self.settings.sampling.is_greedy:
             raise UsageError(f"{task.name} forces its answers; leave out sampling.temperature")
-        # Of how many layers nobody knows yet; samples() asks once more.
-        self.eviction(num_layers=1).check(self.bound.tokens)
+        # How many layers share it nobody knows yet, so samples() asks once more.
+        replace(self.eviction(num_layers=1), shape=Uniform()).check(self.bound.tokens)
         devices.check_device(self.settings.device)
         check_attention(self.settings.attention, self.settings.device, self.torch_dtype)
         for name in ("codec", "model", "shard"):
