@@ -19,10 +19,10 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #
 #= POLICY     policy=VALUE              policy names from `make list`; all: every one without training; glob(*): really all
 #= BUDGET     budget=VALUE              most tokens a KV head keeps: 512, 2k, 25% (of the prompt) or full
-#= SHAPE      shape=VALUE               how layers and heads share the budget: uniform, pyramid, ada, global
+#= SHAPE      shape=VALUE               how layers and heads share the budget: names from `make list`
 #= PROTECT    protect=VALUE             tokens that stay whatever their score: paper, none, or first+newest like 4+64
 #= EVICT_EVERY evict_every=VALUE        answer tokens between two evictions, 1 if not given
-#= CODEC      codec=VALUE               how kept tokens are stored: none, kivi, zipcache, kvcomp
+#= CODEC      codec=VALUE               how kept tokens are stored: names from `make list`
 #= MODEL      model=VALUE               model name from `make list`
 #= LENGTHS    task.lengths=[VALUE]      prompt lengths in tokens, run together as one task: 1000,2000
 #= DEPTHS     task.depths=[VALUE]       percent of the text before the needle, run together as one task: 0,50,100
@@ -168,6 +168,9 @@ reference-math500: .venv/.stamp ## MATH-500's first 20 problems and fidelity, DA
 reference-ruler: .venv/.stamp ## RULER's retrieval tasks at 1k and 2k: half an hour
 	$(KVARENA) experiment=reference_ruler
 	$(MODULE).studies.reference results ruler
+score-protection-shape: .venv/.stamp ## score, protection and shape, one at a time, DATA=folder: two hours
+	$(KVARENA) experiment=score_protection_shape $(call typed,DATA,+task.options.data="VALUE") results_dir=results/score-protection-shape
+	$(MODULE).studies.score_protection_shape results/score-protection-shape
 equal-bytes: train-locret ## policies, codecs and both in the same bytes of KV cache: an hour
 	$(KVARENA) experiment=equal_bytes,equal_bytes_fidelity results_dir=results/equal-bytes
 	$(MODULE).studies.equal_bytes results/equal-bytes

@@ -4,7 +4,7 @@ On a CPU a recording stands for the graph: it runs the step again with what a gr
 fixed, the addresses of its inputs and logits and all numbers of the host.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +27,9 @@ PROMPTS = [toy_prompt(120), toy_prompt(75, seed=1), toy_prompt(33, seed=2), toy_
 class Replays:
     """Stands for a CUDA graph; its replay runs the step on the numbers of the recording."""
 
-    def __init__(self, batch: Batch, portions: Seq, step: _Recorded, rows_wanted: Tensor) -> None:
+    def __init__(
+        self, batch: Batch, portions: Sequence, step: _Recorded, rows_wanted: Tensor
+    ) -> None:
         # Inside a graph positions count up as tensors only, so no number of the host may matter:
         # this one would be out of bounds of whatever it sized.
         def fixed(active: ActiveRequest) -> SimpleNamespace:
@@ -50,7 +52,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[list]:
     record, kinds = GraphedBatch._record, []
 
     def recording(
-        batch: GraphedBatch, kind: list, inputs: Tensor, portions: Seq, rows_wanted: Tensor
+        batch: GraphedBatch, kind: list, inputs: Tensor, portions: Sequence, rows_wanted: Tensor
     ) -> _Recorded:
         if DEVICE == "cuda":
             step = record(batch, kind, inputs, portions, rows_wanted)

@@ -61,14 +61,14 @@ def test_every_file_that_a_page_links_or_names_exists(page: Path) -> None:
     named = re.findall(rf"(?<![\w/.])(?:{folders})/[\w./-]*\w", text)
     for path in named:
         # NAME stands for what the reader adds, and so does the README's own example.
-        if "NAME" not in path and "random_keys" not in path:
+        if "NAME" not in path and "large_values" not in path:
             assert (REPOSITORY / path).exists(), path
 
 
 @pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "CHANGELOG.md"], ids=name_of)
 def test_every_module_that_a_page_names_exists(page: Path) -> None:
     dotted = r"kvarena\.((?:harness|policies|codecs|tasks)[\w.]*\w)"
-    for module in set(re.findall(dotted, page.read_text())) - {"policies.random_keys.RandomKeys"}:
+    for module in set(re.findall(dotted, page.read_text())) - {"policies.large_values.LargeValues"}:
         path = REPOSITORY / module.replace(".", "/")
         of_attribute = path.parent.with_suffix(".py")
         assert path.is_dir() or path.with_suffix(".py").exists() or of_attribute.exists(), module
@@ -113,18 +113,18 @@ def test_the_readmes_library_example_works_as_printed() -> None:
 
 def test_the_readmes_policy_works_as_printed(tmp_path: Path) -> None:
     """The ten lines of the README, run as a policy on a toy model."""
-    code = re.search(r"`policies/random_keys.py`:\n\n```python\n(.*?)```", README, re.DOTALL)[1]
-    (tmp_path / "random_keys.py").write_text(code)
+    code = re.search(r"`policies/large_values.py`:\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "large_values.py").write_text(code)
     script = (
-        "from random_keys import RandomKeys\n"
+        "from large_values import LargeValues\n"
         "from toys import toy_model, toy_prompt\n"
         "from kvarena.harness.engine import Engine\n"
-        "engine = Engine(toy_model(), RandomKeys(), budget_tokens=32, chunk_tokens=16)\n"
+        "engine = Engine(toy_model(), LargeValues(), budget_tokens=32, chunk_tokens=16)\n"
         "(g,) = engine.generate([toy_prompt(90)], max_new_tokens=5, record_kept=True)\n"
         "assert all(p.shape[1] == 32 for p in g.kept_positions)\n"
         "assert g.kept_positions[0].tolist() != g.kept_positions[1].tolist()\n"
         "from kvarena.harness.testing.contract import check_policy\n"
-        "assert {finding.verdict for finding in check_policy(RandomKeys)} == {'ok'}\n"
+        "assert {finding.verdict for finding in check_policy(LargeValues)} == {'ok'}\n"
     )
     path = f"{tmp_path}:{Path(__file__).parent}"
     subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": path}, check=True)

@@ -6,7 +6,7 @@ All of them attend through sdpa and hold a DynamicCache. kvpress runs in an inte
 
 import json
 import subprocess
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,11 +20,11 @@ from kvarena.harness.bench.memory import peak_bytes
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.errors import UsageError
 
-Prompts = Seq[tuple[list[int], int]]  # token ids, and how many of the last are the question
+Prompts = Sequence[tuple[list[int], int]]  # token ids, and how many of the last are the question
 
 
 @torch.inference_mode()
-def generate(subject: Subject, prompt: Seq[int], new_tokens: int) -> Tensor:
+def generate(subject: Subject, prompt: Sequence[int], new_tokens: int) -> Tensor:
     """``model.generate`` of one prompt: greedy, exactly so many new tokens, full attention."""
     input_ids = torch.tensor([list(prompt)], device=subject.device)
     return subject.model.generate(

@@ -89,7 +89,7 @@ def budget_chart(cells: pd.DataFrame, kind: str, ylabel: str, scale: float = 1) 
         _label_budgets(axes, rest, span)
         axes.set(xlabel=f"budget ({kind})", ylabel=ylabel)
         _from_zero(axes, cells, scale)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def memory_chart(cells: pd.DataFrame, ylabel: str) -> bytes:
@@ -113,7 +113,7 @@ def memory_chart(cells: pd.DataFrame, ylabel: str) -> bytes:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="KV cache kept (MB)", ylabel=ylabel)
         _from_zero(axes, known, 100)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def pareto_front(costs: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -148,7 +148,7 @@ def score_chart(cells: pd.DataFrame, xlabel: str, beside: Mapping[str, Sequence[
             dots = axes.plot(x, place, style.marker, ms=5.5)
             dots[0].set(color=style.colour, fillstyle=style.fill)
         axes.set(xlabel=xlabel, xlim=(-2, 102))
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def bar_chart(cells: pd.DataFrame, columns: list[str], xlabel: str, scale: float = 1) -> bytes:
@@ -161,7 +161,7 @@ def bar_chart(cells: pd.DataFrame, columns: list[str], xlabel: str, scale: float
             _bar(axes, place, styles[line["policy"]], [scale * line[name] for name in columns])
         axes.set(xlabel=xlabel)
         axes.margins(x=0.18)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _num_lines(cells: pd.DataFrame) -> float:
@@ -247,7 +247,7 @@ def _write(axes: Axes, text: str, point: tuple[float, float], right: float, **st
     axes.annotate(text, point, (right, 0), **style)
 
 
-def _svg(figure: Figure) -> bytes:
+def as_svg(figure: Figure) -> bytes:
     """The figure as a file, with a legend below it where a line has a name."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if labels:

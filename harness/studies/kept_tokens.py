@@ -17,7 +17,7 @@ same engine with one chunk as long as the prompt.
 """
 
 import json
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def record_into(folder: Path) -> None:
 def record(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
-    samples: Seq[Sample],
+    samples: Sequence[Sample],
     *,
     budget_tokens: int = BUDGET_TOKENS,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -111,22 +111,24 @@ def record(
             chunk_tokens=chunk,
             slots=1,
         )
-        runs = engine.generate(
+        generations = engine.generate(
             [sample.prompt_token_ids for sample in samples],
             max_new_tokens=1,  # never fed, so the last pass is the prompt's
             record_history=True,
         )
-        for sample_id, first, num, run in zip(
+        for sample_id, first, num, generation in zip(
             prompts["sample_id"],
             prompts["needle_first_token"],
             prompts["num_needle_tokens"],
-            runs,
+            generations,
             strict=True,
         ):
-            assert run.kept_history is not None, "recorded"
+            assert generation.kept_history is not None, "recorded"
             cell = {"sample_id": sample_id, "policy": policy, "prefill": prefill}
-            kept.append(positions_table(run.kept_history[-1]).assign(**cell))
-            held += [needle_table(after, first, num).assign(**cell) for after in run.kept_history]
+            kept.append(positions_table(generation.kept_history[-1]).assign(**cell))
+            held += [
+                needle_table(after, first, num).assign(**cell) for after in generation.kept_history
+            ]
     return {
         "samples.csv": prompts,
         "kept.parquet": pd.concat(kept, ignore_index=True),
@@ -153,7 +155,7 @@ def probe(model: PreTrainedModel, sample: Sample, window: int) -> tuple[list[int
     return run.token_ids, keys.table(sample.id)
 
 
-def describe(tokenizer: Tokenizer, samples: Seq[Sample]) -> pd.DataFrame:
+def describe(tokenizer: Tokenizer, samples: Sequence[Sample]) -> pd.DataFrame:
     """One line per sample; the needle's tokens are those up to the last digit of its number."""
     lines = []
     for sample in samples:

@@ -1,0 +1,75 @@
+"""The study of score, protection and shape: shares, intervals, sameness, and what is left out."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kvarena.harness.studies import score_protection_shape as study
+
+NUM = 12
+
+
+def cell(rule: str, kl: np.ndarray, protect: str = "none", shape: str = "uniform") -> pd.DataFrame:
+    options = [f"shape={shape}"] * (shape != "uniform") + [f"protect={protect}"]
+    return pd.DataFrame(
+        {
+            "policy": f"{rule}({','.join(options)})",
+            "protect": protect,
+            "shape": shape,
+            "sample_id": [f"s{n}" for n in range(NUM)],
+            "document": [f"d{n}" for n in range(NUM)],
+            "status": "ok",
+            "num_planned": NUM,
+            "kept_tokens": 512,
+            "score": 0.5,
+            "kl_mean": kl,
+        }
+    )
+
+
+@pytest.fixture
+def rows() -> pd.DataFrame:
+    floor = np.linspace(1, 2, NUM)
+    wobble = np.where(np.arange(NUM) % 2, 0.01, -0.01)
+    return pd.concat(
+        [
+            cell("random", floor),
+            cell("good", floor / 4),
+            cell("alike", floor + wobble),
+            cell("good", floor / 8, shape="ada"),
+            cell("random", floor / 2, protect="4+64"),
+            cell("good", floor / 4, protect="4+64"),
+            cell("half", floor, protect="4+64").iloc[: NUM // 2],
+        ],
+        ignore_index=True,
+    )
+
+
+def test_a_choice_is_measured_against_random_under_its_own_protection(rows: pd.DataFrame) -> None:
+    summary = study.summarise(rows).set_index(study.CHOICE)
+    closed = summary["closed_ratio"]
+    assert closed["good", "none", "uniform"] == pytest.approx(0.75)
+    assert closed["good", "none", "ada"] == pytest.approx(0.875)
+    assert closed["good", "4+64", "uniform"] == pytest.approx(0.5)
+    assert closed["random"].isna().all()
+    gain = summary.loc[("good", "none", "uniform")]
+    assert gain["kl_gain"] == pytest.approx(0.75 * 1.5)
+    assert gain["kl_gain_low"] < gain["kl_gain"] < gain["kl_gain_high"]
+    assert gain["p"] == pytest.approx(2 / 2**NUM)
+    assert gain["p_holm"] == pytest.approx(4 * 2 / 2**NUM)
+
+
+def test_the_same_is_a_finding_and_a_cell_that_lacks_samples_is_none(rows: pd.DataFrame) -> None:
+    summary = study.summarise(rows)
+    assert summary.set_index(study.CHOICE)["same"].eq(True).sum() == 1
+    assert summary.loc[summary["same"].eq(True), "score_rule"].tolist() == ["alike"]
+    assert "half" not in set(summary["score_rule"])
+
+
+def test_table_and_picture_name_every_choice(rows: pd.DataFrame) -> None:
+    summary = study.summarise(rows)
+    lines = study.markdown(summary).splitlines()
+    assert len(lines) == 2 + len(summary)
+    assert next(line for line in lines if "alike" in line).count(", the same") == 1
+    picture = study.picture(summary).decode()
+    assert all(name in picture for name in ("good, ada", "good, uniform", "alike, uniform"))
