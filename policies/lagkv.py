@@ -56,31 +56,27 @@ class LagKV(Policy):
         scores = (1 + places / T).expand(ranks.shape).clone()
         if num_judged:
             parts = order[..., first : last + self.lag_size].unflatten(-1, (num_judged + 1, -1))
-            scores[..., first:last] = _ranks(view, parts[:, :, :-1], parts[:, :, 1:]).flatten(-2)
+            scores[..., first:last] = _ranks(view, parts, lag=1).flatten(-2)
         if not view.num_recent:
-            part = order[..., last:].unsqueeze(-2)
-            scores[..., last:] = _ranks(view, part, part).squeeze(-2)
+            scores[..., last:] = _ranks(view, order[..., None, last:], lag=0).squeeze(-2)
         return scores.gather(-1, ranks)
 
 
-def _ranks(view: LayerView, tokens: Tensor, lag: Tensor) -> Tensor:
-    """Of each token the share of its partition that scores less, [S, K, P, L].
+def _ranks(view: LayerView, parts: Tensor, lag: int) -> Tensor:
+    """Of each token the share of its partition that scores less, [S, K, P - lag, L].
 
-    tokens, lag: [S, K, P, L] places in storage of P partitions, and of those that scale them.
+    parts: [S, K, P, L] places in storage; each is scaled by the one that comes ``lag`` later.
     """
-    scores = _information(view.keys, tokens, lag) + _information(view.values, tokens, lag)
+    scores = _information(view.keys, parts, lag) + _information(view.values, parts, lag)
     return scores.argsort(dim=-1).argsort(dim=-1) / scores.shape[-1]
 
 
-def _information(states: Tensor, tokens: Tensor, lag: Tensor) -> Tensor:
-    """[S, K, P, L]: softmax over a partition of how much a token's scaled channels differ."""
-    reference = _taken(states, lag)
-    low, high = reference.amin(dim=-2, keepdim=True), reference.amax(dim=-2, keepdim=True)
-    scaled = (_taken(states, tokens) - low).div_((high - low).clamp_min_(_SMALLEST_RANGE))
+def _information(states: Tensor, parts: Tensor, lag: int) -> Tensor:
+    """[S, K, P - lag, L]: softmax of how much a token's channels differ, once they are scaled."""
+    index = parts.flatten(-2).unsqueeze(-1).expand(-1, -1, -1, states.shape[-1])
+    states = states.gather(2, index).unflatten(2, parts.shape[-2:])  # [S, K, P, L, D]
+    low, high = (bound[:, :, lag:] for bound in states.aminmax(dim=-2, keepdim=True))
+    scale = (high - low).clamp_min_(_SMALLEST_RANGE).reciprocal_()
+    own = states[:, :, : states.shape[2] - lag]
+    scaled = torch.addcmul(-low * scale, own, scale)  # in one step, as it is as large as the keys
     return scaled.std(dim=-1).softmax(dim=-1)
-
-
-def _taken(states: Tensor, places: Tensor) -> Tensor:
-    """[S, K, P, L, D] of the states [S, K, T, D] at places [S, K, P, L]."""
-    index = places.flatten(-2).unsqueeze(-1).expand(-1, -1, -1, states.shape[-1])
-    return states.gather(2, index).unflatten(2, places.shape[-2:])

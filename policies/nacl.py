@@ -12,8 +12,8 @@ takes up to a fifth of the prompt, the code a hundredth.
 Differs from the paper: eviction comes after each chunk, where its last queries are the proxies, and
 goes on while decoding, where there is one. Luck is a fixed number of position, layer and KV head
 (Gumbel noise on the sum), so a lucky token stays so. Where both rankings hold the same token, both
-give one place more, as a budget must be filled. Proxies stay, as in the paper; sinks do only in the
-code. A KV head goes by the mean over its query heads.
+have their next one stay, as a budget must be filled. Proxies stay, as in the paper; the code keeps
+sinks as well. A KV head goes by the mean over its query heads.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from kvarena.policies.base import LayerView, Needs, Policy
 # Odd numbers without a pattern: the golden ratio's bits, and MurmurHash3's two that spread a bit of
 # the input over all of the output. Signed, as torch multiplies modulo 2^64.
 _STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0xAE502812AA7333, -0x3B314601E57A13AD
-_BITS = 23  # so that no number rounds to 0 or 1 in float32
+_BITS = 23  # so that no number becomes 0 or 1 in float32
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,7 @@ class NACL(Policy):
         assert view.attention is not None, "the engine hands over what needs asks for"
         S, K, T = view.positions.shape
         looked_at = view.attention.sum(dim=-2).view(S, K, -1, T).mean(dim=2)
-        both = torch.stack((looked_at, looked_at + self._luck(view)))  # [2, S, K, T]
+        both = torch.stack((looked_at, looked_at - self._bad_luck(view)))  # [2, S, K, T]
         # In the order of the text, so that of equal ones the older comes first.
         ranks = view.text_ranks.expand_as(both)
         both = torch.empty_like(both).scatter_(-1, ranks, both)
@@ -63,18 +63,18 @@ class NACL(Policy):
         places = torch.minimum(by_attention / (1 - self.random_share), by_draw / self.random_share)
         return -places.gather(-1, ranks[0])
 
-    def _luck(self, view: LayerView) -> Tensor:
-        """Gumbel noise [S, K, T]: the largest of log p + noise are a draw without replacement."""
-        first = view.kv_heads.start or 0
+    def _bad_luck(self, view: LayerView) -> Tensor:
+        """[S, K, T], minus Gumbel noise: the largest log p less it are a draw with chances p."""
+        first = 1 + (view.kv_heads.start or 0)
         heads = torch.arange(first, first + view.positions.shape[1], device=view.positions.device)
         of_head = _mixed(_mixed(_mixed(heads) + self.seed) + view.layer)[:, None]  # [K, 1]
         drawn = _mixed(of_head + view.positions) >> (64 - _BITS) & (1 << _BITS) - 1
-        return -((drawn + 0.5) / (1 << _BITS)).log_().neg_().log_()
+        return ((drawn + 0.5) / (1 << _BITS)).log_().neg_().log_()
 
 
 def _mixed(numbers: Tensor) -> Tensor:
-    """int64 of any shape, each turned into one that looks drawn by chance."""
-    mixed = (numbers + 1) * _STEP
+    """int64 of any shape, each turned into one whose first bits look drawn by chance."""
+    mixed = numbers * _STEP
     for factor in (_FIRST, _SECOND):
-        mixed = (mixed ^ (mixed >> 33 & (1 << 31) - 1)) * factor
-    return mixed ^ (mixed >> 33 & (1 << 31) - 1)
+        mixed = (mixed ^ (mixed >> 33)) * factor
+    return mixed
