@@ -73,10 +73,15 @@ def _ranks(view: LayerView, parts: Tensor, lag: int) -> Tensor:
 
 def _information(states: Tensor, parts: Tensor, lag: int) -> Tensor:
     """[S, K, P - lag, L]: softmax of how much a token's channels differ, once they are scaled."""
-    index = parts.flatten(-2).unsqueeze(-1).expand(-1, -1, -1, states.shape[-1])
-    states = states.gather(2, index).unflatten(2, parts.shape[-2:])  # [S, K, P, L, D]
-    low, high = (bound[:, :, lag:] for bound in states.aminmax(dim=-2, keepdim=True))
+    S, K, _, D = states.shape
+    sequences = torch.arange(S, device=states.device).view(S, 1, 1, 1)
+    heads = torch.arange(K, device=states.device).view(K, 1, 1)
+    states = states[sequences, heads, parts]  # [S, K, P, L, D], whole tokens, faster than gather
+    reference = states[:, :, lag:]
+    low, high = reference.amin(dim=-2, keepdim=True), reference.amax(dim=-2, keepdim=True)
     scale = (high - low).clamp_min_(_SMALLEST_RANGE).reciprocal_()
     own = states[:, :, : states.shape[2] - lag]
-    scaled = torch.addcmul(-low * scale, own, scale)  # in one step, as it is as large as the keys
-    return scaled.std(dim=-1).softmax(dim=-1)
+    scaled = torch.addcmul(-low * scale, own, scale)
+    # The standard deviation by squares: torch's own takes thirty times as long on a CPU.
+    squares = scaled.norm(dim=-1).square_() - D * scaled.mean(dim=-1).square_()
+    return (squares.clamp_min_(0) / (D - 1)).sqrt_().softmax(dim=-1)

@@ -13,7 +13,8 @@ Differs from the paper: eviction comes after each chunk, where its last queries 
 goes on while decoding, where there is one. Luck is a fixed number of position, layer and KV head
 (Gumbel noise on the sum), so a lucky token stays so. Where both rankings hold the same token, both
 have their next one stay, as a budget must be filled. Proxies stay, as in the paper; the code keeps
-sinks as well. A KV head goes by the mean over its query heads.
+sinks as well. A KV head goes by the mean over its query heads. Where heads compete for a budget
+(shape=ada, global), places are alike in all heads, which then get nearly equal shares.
 """
 
 from dataclasses import dataclass
@@ -59,9 +60,13 @@ class NACL(Policy):
         # In the order of the text, so that of equal ones the older comes first.
         ranks = view.text_ranks.expand_as(both)
         both = torch.empty_like(both).scatter_(-1, ranks, both)
-        by_attention, by_draw = both.argsort(dim=-1, descending=True, stable=True).argsort(-1) + 1
-        places = torch.minimum(by_attention / (1 - self.random_share), by_draw / self.random_share)
-        return -places.gather(-1, ranks[0])
+        order = both.argsort(dim=-1, descending=True, stable=True)
+        numbers = torch.arange(1, T + 1, device=both.device)
+        places = torch.stack((numbers / (1 - self.random_share), numbers / self.random_share))
+        places = torch.empty_like(both).scatter_(
+            -1, order, places.to(both.dtype)[:, None, None].expand_as(both)
+        )
+        return -places.amin(dim=0).gather(-1, ranks[0])
 
     def _bad_luck(self, view: LayerView) -> Tensor:
         """[S, K, T], minus Gumbel noise: the largest log p less it are a draw with chances p."""
