@@ -40,6 +40,11 @@ MOST_PER_TOKEN = {
     "tova": 1,
     "keydiff": 6,
     "snapkv": 18,  # counting ranks takes 9 of them, pooling 4 for each of the two query heads
+    "caote": 28,  # 12 for each of the two query heads
+    "lagkv": 4.5 * D,  # keys and values in the order of the text, and scaled
+    "curdkv": 24,
+    "corm": 138,  # two comparisons, a byte each, for each of the 64 attention weights it asks for
+    "nacl": 54,  # two rankings, and 20 to draw a number
 }
 ANY_OTHER = D / 2
 
