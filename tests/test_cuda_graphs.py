@@ -101,5 +101,7 @@ def test_replayed_steps_give_the_same_answers(
 
 
 def test_graphs_are_refused_where_they_cannot_run() -> None:
-    with pytest.raises(UsageError, match="graphs=true needs a CUDA device and codec=none"):
+    with pytest.raises(
+        UsageError, match="graphs=true needs a CUDA device, codec=none, shape=uniform"
+    ):
         Engine(toy_model(), build(load_choice("policy", "keydiff")), budget_tokens=32, graphs=True)

@@ -55,7 +55,7 @@ def call(kvarena: Kvarena, module: str, *arguments: object) -> Outcome:
 # ---- arguments ----
 
 
-@pytest.mark.parametrize("module", [*READING[:-1], "studies.kept_tokens", "studies.reference"])
+@pytest.mark.parametrize("module", [*READING[:-1], "studies.kept_tokens"])
 def test_a_command_without_its_folder_shows_its_usage(module: str, kvarena: Kvarena) -> None:
     outcome = call(kvarena, module)
     assert outcome.code == 2

@@ -6,10 +6,9 @@ from kvarena.harness.registry import choices
 from kvarena.harness.report.policy_styles import POLICY_STYLES, policy_style, policy_styles
 
 
-def test_every_policy_of_the_project_has_its_own_colour_and_marker() -> None:
+def test_every_policy_of_the_project_has_its_own_colour() -> None:
     styles = [POLICY_STYLES[name] for name in choices("policy")]
     assert len({style.colour for style in styles}) == len(styles)
-    assert len({style.marker for style in styles}) == len(styles)
     assert all(re.fullmatch("#[0-9A-F]{6}", style.colour) for style in styles)
     assert policy_style("full") == ("#000000", "o", "-", "full")
 

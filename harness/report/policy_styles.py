@@ -32,8 +32,14 @@ POLICY_STYLES: Mapping[str, PolicyStyle] = MappingProxyType(
         "tova": PolicyStyle("#CC79A7", "v"),
         "streaming_llm": PolicyStyle("#E69F00", "<"),
         "l2norm": PolicyStyle("#56B4E9", ">"),
-        # Okabe and Ito have no more: wine, from Paul Tol's (https://sronpersonalpages.nl/~pault/).
+        # Okabe and Ito have no more; these are Paul Tol's (https://sronpersonalpages.nl/~pault/).
         "locret": PolicyStyle("#882255", "H"),
+        "caote": PolicyStyle("#332288", "^"),
+        "corm": PolicyStyle("#AA4499", "v"),
+        "curdkv": PolicyStyle("#999933", "s"),
+        "lagkv": PolicyStyle("#44AA99", "D"),
+        "nacl": PolicyStyle("#117733", "<"),
+        "random": PolicyStyle("#777777", "o"),
     }
 )
 SPARE_MARKERS = "PX*hpd8"
