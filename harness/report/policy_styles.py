@@ -40,6 +40,9 @@ POLICY_STYLES: Mapping[str, PolicyStyle] = MappingProxyType(
         "lagkv": PolicyStyle("#44AA99", "D"),
         "nacl": PolicyStyle("#117733", "<"),
         "random": PolicyStyle("#777777", "o"),
+        # References are drawn apart: dotted, hollow.
+        "oracle": PolicyStyle("#555500", "o", ":", "none"),
+        "kvzip": PolicyStyle("#004488", "s", ":", "none"),
     }
 )
 SPARE_MARKERS = "PX*hpd8"
