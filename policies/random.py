@@ -31,7 +31,7 @@ class Random(Policy):
     def score(self, view: LayerView) -> Tensor:
         first = view.kv_heads.start or 0
         heads = torch.arange(first, first + view.positions.shape[1], device=view.positions.device)
-        place = _mixed(_mixed(torch.as_tensor(self.seed)) + view.layer).to(heads.device)
+        place = _mixed(_mixed(torch.full_like(heads, self.seed)) + view.layer)
         of_head = _mixed(place + heads)[:, None]  # [K, 1]
         return (_mixed(of_head + view.positions) >> (64 - _BITS)).float()
 

@@ -41,7 +41,7 @@ TASKS = choices("task")
 DTYPES = {int: "Int64", float: "Float64", bool: "boolean"}
 RECORDED = [
     path
-    for folder in ("reference", "equal-bytes")
+    for folder in ("reference", "equal-bytes", "score-protection-shape")
     for path in sorted((DICTIONARY.parent / folder).glob("*.csv"))
     if path.read_text(encoding="utf-8").startswith("task,task_version,")
 ]
