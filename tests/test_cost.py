@@ -110,6 +110,8 @@ def random_view(policy: Policy) -> LayerView:
         positions=torch.rand(S, K, T).argsort(dim=-1),
         attention=torch.rand(S, H, rows, T) if rows else None,
         attention_mass=torch.rand(S, K, T),
+        output_norms=torch.rand(S, K, T),
+        num_kept=KEPT,
         new=NewTokens(
             queries=torch.randn(S, H, CHUNK, D),
             keys=torch.randn(S, K, CHUNK, D),
