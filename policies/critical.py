@@ -55,20 +55,23 @@ class Critical(Policy):
 
     def score(self, view: LayerView) -> Tensor:
         assert view.output_norms is not None, "the engine hands over what needs asks for"
-        base = self._base(view)
-        scores = (base + _EPSILON) * view.output_norms
+        ranks = view.text_ranks
+        base = self._base(view, ranks)
+        scores = (base.gather(-1, ranks) + _EPSILON) * view.output_norms
         num_first = int(self.first_share * max(view.num_kept - view.num_recent, 0))
-        first = base.topk(num_first, dim=-1).indices
-        return scores.scatter(-1, first, _FIRST)
+        # Neighbours are often equal, being pooled: a stable sort leaves the newest of them last.
+        order = base.argsort(dim=-1, stable=True)
+        first = order[..., order.shape[-1] - num_first :]
+        is_first = torch.zeros_like(base, dtype=torch.bool).scatter_(-1, first, True)
+        return scores.masked_fill(is_first.gather(-1, ranks), _FIRST)
 
-    def _base(self, view: LayerView) -> Tensor:
-        """SnapKV's score [S, K, T], 0 for the window itself where that is protected."""
+    def _base(self, view: LayerView, ranks: Tensor) -> Tensor:
+        """SnapKV's score [S, K, T] in the order of the text, 0 for a window that is protected."""
         assert view.attention is not None, "the engine hands over what needs asks for"
         S, K, T = view.positions.shape
         votes = view.attention.mean(dim=-2).view(S, K, -1, T)  # of each query head
-        ranks = view.text_ranks
         places = ranks.unsqueeze(2).expand_as(votes)
         in_text = torch.empty_like(votes).scatter_(-1, places, votes).flatten(1, 2)  # [S, H, T]
         in_text[..., T - min(self.window, view.num_recent) :] = 0
         pooled = F.max_pool1d(in_text, self.kernel, stride=1, padding=self.kernel // 2)
-        return pooled.view(S, K, -1, T).mean(dim=2).gather(-1, ranks)
+        return pooled.view(S, K, -1, T).mean(dim=2)

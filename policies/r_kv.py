@@ -79,12 +79,13 @@ class RKV(Policy):
         """[S, K, T]: to the other keys, without those that spare it."""
         keys = F.normalize(view.keys, dim=-1)
         T, D = keys.shape[2:]
+        positions = view.positions[:, :, None].int()
         sums = torch.zeros(keys.shape[:3], dtype=keys.dtype, device=keys.device)
         # D keys at a time against all, so that a block of cosines is as large as the keys.
         for first in range(0, T, D):
             cosines = keys[:, :, first : first + D] @ keys.transpose(-1, -2)  # [S, K, D, T]
             cosines.diagonal(offset=first, dim1=-2, dim2=-1).zero_()
-            copies = torch.where(cosines > self.threshold, view.positions[:, :, None], -1)
+            copies = torch.where(cosines > self.threshold, positions, -1)
             newest = copies.max(dim=-1, keepdim=True)
             spared = cosines.gather(-1, newest.indices)
             spared *= newest.values >= 0
