@@ -40,15 +40,18 @@ def options() -> dict[str, list[str]]:
 
 
 def ready_policies() -> list[str]:
-    """Names of the policies that run anywhere: no option of theirs names a trained file.
+    """Names of the methods that run anywhere: not those of which an option names a trained file.
+
+    References, which look at the whole text first, are no methods.
 
     These are ``policy=all``. Raises UsageError for one whose file does not import.
     """
     targets = {name: load_choice("policy", name)["_target_"] for name in choices("policy")}
+    found = {name: named_class(target) for name, target in targets.items()}
     return [
         name
-        for name, target in targets.items()
-        if not getattr(named_class(target), "file_options", ())
+        for name, kind in found.items()
+        if getattr(kind, "bounded", True) and not getattr(kind, "file_options", ())
     ]
 
 

@@ -11,10 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import UnionType
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+
+# The column that the engine fills for a policy with ``needs.token_scores``.
+TOKEN_SCORE = "token_score"
 
 # Ranks are counted while the text is at most so many times the cached tokens: the workspace is then
 # 5 * 16 bytes per cached token of one layer, where its keys and values take some 512.
@@ -43,6 +46,10 @@ class Needs:
     output_norms: of each token how much its value can add to the layer's output.
     rank_positions: attend with ranks inside the cache as positions instead of original positions.
         Only for rules that keep ``sinks`` first tokens and an unbroken run of newest ones.
+    token_scores: what a full cache's look ahead says of each token, in the column TOKEN_SCORE:
+        "answer": the attention that its own answer (or the forced one) gives it, all queries and
+        the group added up; "repeat": the most that any query of the prompt read again gives it.
+        For references, which say ``bounded = False``.
     """
 
     attention_rows: int = 0
@@ -51,6 +58,7 @@ class Needs:
     new_tokens: bool = False
     output_norms: bool = False
     rank_positions: bool = False
+    token_scores: Literal["", "answer", "repeat"] = ""
 
     def __post_init__(self) -> None:
         if self.rows_over_steps and (self.attention_rows < 1 or self.rank_positions):
@@ -136,6 +144,8 @@ class Policy(ABC):
     columns: ClassVar[tuple[str, ...]] = ()
     # False only for a policy that keeps everything, whatever the budget says.
     evicts: ClassVar[bool] = True
+    # False for a reference that looks at the whole text first, in memory that nothing bounds.
+    bounded: ClassVar[bool] = True
     # Options that name a file whose content decides the scores: it is part of a cell's identity.
     file_options: ClassVar[tuple[str, ...]] = ()
 

@@ -280,7 +280,7 @@ def test_a_line_per_check_and_a_count(check: Check) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a policy: make check-policy POLICY=mine. Available: full, h2o, "),
+        ([], "name a policy: make check-policy POLICY=mine. Available: caote, corm, "),
         (["keydif"], "unknown policy 'keydif'. Did you mean keydiff? Available: "),
         (["base"], "policies/base.py is there, conf/policy/base.yaml is not; write it, with "),
         (["keydiff", "recent=8"], "options have the form policy.recent=8, got 'recent=8'"),

@@ -166,6 +166,18 @@ def test_other_seeds_budgets_and_variants_are_no_repeats() -> None:
         assert len(compare_cells(pd.concat(rows))) == 3
 
 
+def test_a_reference_that_looks_ahead_is_never_the_best() -> None:
+    reference = cell([1, 1, 1, 1], policy="oracle").assign(bounded=False)
+    rows = pd.concat([reference, cell([1, 0, 1, 0]), cell([0, 0, 0, 0], policy="tova")])
+    table = compare_cells(rows)
+    assert table.set_index("policy")["bounded"].to_dict() == {
+        "oracle": False,
+        "keydiff": True,
+        "tova": True,
+    }
+    assert table.loc[table["is_best"], "policy"].tolist() == ["keydiff"]
+
+
 def test_measures_outside_zero_to_one_are_compared_too() -> None:
     line = compare_cells(cell([0.5, 3.0, -1.0, 2.0]), bounds=None).iloc[0]
     assert line.score_low < 0

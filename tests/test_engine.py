@@ -22,6 +22,8 @@ from toys import VOCAB, finished, requests, toy_model, toy_prompt
 
 POLICIES = choices("policy")
 EVICTING = [name for name in POLICIES if name != "full"]
+# References look ahead to the whole text, in memory that nothing bounds.
+LOOK_AHEAD = {"kvzip", "oracle"}
 
 # Every policy is built here, and one of them reads trained heads.
 pytestmark = pytest.mark.usefixtures("toy_heads")
@@ -31,7 +33,7 @@ def policy_named(name: str) -> object:
     return build(load_choice("policy", name))
 
 
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("name", sorted(set(EVICTING) - LOOK_AHEAD))
 def test_no_layer_ever_holds_more_than_budget_and_chunk(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,7 +418,7 @@ def test_vocabulary_is_respected() -> None:
     assert all(0 <= token < VOCAB for token in generation.token_ids)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - LOOK_AHEAD))
 def test_a_question_held_back_does_not_change_what_the_context_keeps(name: str) -> None:
     """Same context, other questions of the same length: the same context tokens survive."""
     model = toy_model(dtype=torch.float64)

@@ -35,6 +35,7 @@ CELL = [*CONTEST, "policy", "budget"]
 NUMBERS = ["score", "kv_bytes_kept", "kv_bytes_peak", "ttft_sec", "decode_tokens_per_sec"]
 # Texts that rows may lack.
 _OPTIONAL = ["variant", "part", "document", "run_id"]
+RIVALRY = ["policy", "num_compressed", "bounded"]  # what is_rival asks of a cell
 _OF_CELLS = [column.name for column in SUMMARY]
 _OF_PAIRS = ["budget", "policy", "other", "num_pairs", "difference", "difference_low"]
 _OF_PAIRS += ["difference_high", "difference_se", "p_value", "p_holm", "detectable", "verdict"]
@@ -59,9 +60,9 @@ def has_codec(policy: str) -> bool:
     return "+" in re.sub(r"\([^()]*\)", "", policy)
 
 
-def is_rival(policy: str, num_compressed: float) -> bool:
+def is_rival(policy: str, num_compressed: float, bounded: bool) -> bool:
     """Whether a cell with this label and count competes for the best one; see compare_cells."""
-    if is_full_cache(policy):
+    if is_full_cache(policy) or not bounded:
         return False
     return has_codec(policy) or num_compressed != 0  # NaN: the rows do not say
 
@@ -168,9 +169,7 @@ def _compare_contest(contest: _Contest) -> list[dict[str, Any]]:
         corrected = holm([line["p_value"] for line in own]).tolist()
         for line, p_holm in zip(own, corrected, strict=True):
             line["p_holm"] = p_holm
-        _mark_best(
-            contest, [line for line in own if is_rival(line["policy"], line["num_compressed"])]
-        )
+        _mark_best(contest, [line for line in own if is_rival(*(line[name] for name in RIVALRY))])
     return lines
 
 
@@ -237,6 +236,8 @@ def _contests(rows: pd.DataFrame, allow_partial: bool, bounds: Bounds | None) ->
         told = told.reindex(table.index, fill_value=0)
         known = (told["count"] == table["num_ok"]) & (table["num_ok"] > 0)
         table["num_compressed"] = told["sum"].where(known)
+        bounded = ok.groupby(["policy", "budget"])["bounded"].all()
+        table["bounded"] = bounded.reindex(table.index, fill_value=True)
         complete = table["num_ok"] >= table["num_planned"]
         shown = table.index[complete | allow_partial]
         samples = {
@@ -275,4 +276,7 @@ def _with_defaults(rows: pd.DataFrame) -> pd.DataFrame:
     ok = (rows["status"] == "ok") & rows["score"].notna()
     told = rows["compressed"] if "compressed" in rows else pd.Series(pd.NA, index=rows.index)
     evicted = told.astype("boolean").to_numpy(float, na_value=math.nan)
-    return rows.assign(num_planned=planned, document=documents, compressed=evicted, ok=ok)
+    # Rows from before there were references do not say.
+    bounded = rows["bounded"].astype("boolean").fillna(True) if "bounded" in rows else True
+    rows = rows.assign(num_planned=planned, document=documents, compressed=evicted)
+    return rows.assign(bounded=bounded, ok=ok)

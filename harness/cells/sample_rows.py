@@ -170,6 +170,7 @@ def settings_of(cell: Cell, sample: Sample, allowed: Allowance) -> dict[str, Any
         "references": list(sample.references),
         "prompt_tokens": len(sample.prompt_token_ids),
         "budget_tokens": allowed.budget_tokens if cell.policy.evicts else None,
+        "bounded": cell.policy.bounded,
         "protected_tokens": cell.protected_tokens(allowed.budget_tokens),
         **{f"meta_{name}": value for name, value in sample.meta.items()},
     }

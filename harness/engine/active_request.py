@@ -66,6 +66,19 @@ class ActiveRequest:
             spare_tokens=evict_every - 1 if self.num_seen >= len(request.prompt) else 0,
         )
 
+    def scores_of_next(self, num_new: int) -> Tensor | None:
+        """[L, K, Q] of the tokens of the next pass, where the policy needs them.
+
+        What nobody looked ahead to counts as much as the best token of its head.
+        """
+        known = self.request.token_scores
+        if known is None:
+            return None
+        own = known[..., self.num_seen : self.num_seen + num_new]
+        num_unknown = num_new - own.shape[-1]
+        best = known.amax(dim=-1, keepdim=True).expand(*known.shape[:-1], num_unknown)
+        return torch.cat([own, best], dim=-1) if num_unknown else own
+
     def add_token(self, token_id: int, now_sec: float) -> None:
         """Take a newly chosen token, or the one that is forced in its place."""
         if self.request.forced is not None:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from time import perf_counter
 from typing import Literal
@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
+from kvarena.codecs.none import NoCodec
 from kvarena.harness.engine.active_request import ActiveRequest
 from kvarena.harness.engine.coded_cache import CodedCache, Workspace
 from kvarena.harness.engine.eviction import Eviction, Limit
+from kvarena.harness.engine.foresight import token_scores
 from kvarena.harness.engine.forward_pass import ATTENTION_NAME, ForwardPass
 from kvarena.harness.engine.free_memory import give_back_free_memory
 from kvarena.harness.engine.generation import Generation, KeptTokens
@@ -27,6 +29,7 @@ from kvarena.harness.engine.rotary import KeyRotator
 from kvarena.harness.engine.sampling import choose
 from kvarena.harness.errors import UsageError
 from kvarena.harness.sampling import Sampling
+from kvarena.policies.base import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +145,36 @@ class Batch:
         for slot, occupant in enumerate(self.slots):
             if occupant is None and self._waiting:
                 active = self._waiting.popleft()
+                self._look_ahead(active)
                 active.admitted_at = perf_counter()
                 self.slots[slot] = active
                 for layer in self.layers:
                     layer.clear(slot)
+
+    def _look_ahead(self, active: ActiveRequest) -> None:
+        """Give a policy that needs them the scores of tokens that only a full cache can know."""
+        kind = self.eviction.policy.needs.token_scores
+        if kind and active.request.token_scores is None:
+            scores = token_scores(active.request, kind, self._chunk_tokens, self._read_whole)
+            active.request = replace(active.request, token_scores=scores)
+
+    def _read_whole(self, policy: Policy, request: Request) -> None:
+        """Run a request by itself under a policy that keeps everything."""
+        batch = Batch(
+            self.model,
+            Eviction(policy=policy, num_layers=self.eviction.num_layers),
+            NoCodec(),
+            [request],
+            kv_dtype=None,
+            chunk_tokens=self._chunk_tokens,
+            num_slots=1,
+            attention=self._attention,
+            rotator=None,
+            sampling=self._sampling,
+            recording=Recording(),
+        )
+        while batch.has_work:
+            batch.step()
 
     @torch.inference_mode()
     def _run_pass(self) -> None:

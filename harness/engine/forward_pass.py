@@ -27,7 +27,7 @@ from kvarena.harness.engine.packing import Cohort
 from kvarena.harness.engine.ragged_cache import RaggedCache
 from kvarena.harness.engine.rotary import KeyRotator
 from kvarena.harness.errors import PolicyError, UsageError
-from kvarena.policies.base import LayerView, NewTokens, OptionError, Policy
+from kvarena.policies.base import TOKEN_SCORE, LayerView, NewTokens, OptionError, Policy
 
 ATTENTION_NAME = "kvarena"
 
@@ -97,6 +97,10 @@ class ForwardPass:
         outputs, scored = [], []
         group = query.shape[1] // key.shape[1]
         for part in cache.parts(cohort.slots):
+            if cohort.token_scores is not None:
+                num_tokens = part.cache.num_tokens(part.slots)
+                column = part.cache.columns(part.slots, num_tokens)[TOKEN_SCORE]
+                column[..., -cohort.num_new :] = cohort.token_scores[:, index, part.heads]
             heads = head_slice(part.heads, group)
             output, scores = self._attend_part(
                 cohort, part, module, query[:, heads], new, spec.of_heads(heads), budget_tokens

@@ -63,7 +63,8 @@ class Cohort:
     row: their tokens in the packed row, slot after slot; limit: what heads may hold after the pass,
     None if nothing is ever evicted; mean_tokens: what they hold in the pass, with the new tokens,
     on average over all heads of all layers; positions: [S, Q] of the new tokens in the original
-    text; text_tokens: of the longest text so far; observed: filled in by the pass.
+    text; text_tokens: of the longest text so far; token_scores: [S, L, K, Q] of the new tokens,
+    where the policy needs them; observed: filled in by the pass.
     """
 
     slots: slice
@@ -73,6 +74,7 @@ class Cohort:
     mean_tokens: int
     positions: Tensor
     text_tokens: int
+    token_scores: Tensor | None = None
     observed: Observed = field(default_factory=Observed)
 
     @property
@@ -148,7 +150,14 @@ def pack_cohorts(
                 mean_tokens=num_new + (sum(heads) // len(heads) if heads else 0),
                 positions=positions[row].view(len(group), num_new),
                 text_tokens=num_new + max(portion.active.num_seen for portion in group),
+                token_scores=_token_scores(group),
             )
         )
         start = row.stop
     return cohorts
+
+
+def _token_scores(group: Sequence[Portion]) -> Tensor | None:
+    found = [portion.active.scores_of_next(len(portion.token_ids)) for portion in group]
+    given = [scores for scores in found if scores is not None]
+    return torch.stack(given) if given else None

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvarena.harness.engine.eviction import Eviction
@@ -21,6 +22,8 @@ class Request:
     question together stay in the budget.
     seed: of the generator that this prompt alone draws from, where sampling is not greedy.
     stop_token_ids: None: the model's own. min_new_tokens: no stop token before so many.
+    token_scores: [L, K, tokens] of a policy that needs them (foresight.py); None: the engine looks
+    ahead itself.
     """
 
     prompt: Sequence[int]
@@ -31,6 +34,7 @@ class Request:
     seed: int = 0
     stop_token_ids: Collection[int] | None = None
     min_new_tokens: int = 0
+    token_scores: Tensor | None = None
 
     @property
     def answer_tokens(self) -> int:
@@ -76,6 +80,8 @@ def settled(
     eviction.check(budget, request.question_tokens)
     limit = context_tokens(model.config)
     check_context(f"prompt {index}", len(prompt), request.answer_tokens, limit)
+    if eviction.policy.needs.token_scores == "repeat" and request.token_scores is None:
+        check_context(f"prompt {index}, read twice,", 2 * len(prompt), 1, limit)
     stops = stop_tokens(model) if request.stop_token_ids is None else request.stop_token_ids
     return replace(
         request,

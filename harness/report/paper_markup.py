@@ -10,6 +10,7 @@ from kvarena.harness.analysis.comparison import is_full_cache
 
 MINUS, MISSING = "\N{MINUS SIGN}", "\N{EN DASH}"
 TIE, UNBOUND, DIFFERS = "\N{DAGGER}", "\N{DOUBLE DAGGER}", "*"
+REFERENCE = "\N{SECTION SIGN}"
 AT_LEAST = "\N{GREATER-THAN OR EQUAL TO}"
 
 _LATEX = {
@@ -25,6 +26,7 @@ _LATEX = {
     TIE: r"$^{\dagger}$",
     UNBOUND: r"$^{\ddagger}$",
     DIFFERS: "$^{*}$",
+    REFERENCE: r"$^{\S}$",
 } | {sign: f"\\{sign}" for sign in "&%$#_{}"}
 # What pdflatex sets beyond ASCII without more packages: one accent on a letter, and a few signs.
 _ACCENTS = {"", *"\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327"}

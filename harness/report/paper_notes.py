@@ -7,7 +7,15 @@ import pandas as pd
 from kvarena.harness.analysis.comparison import CONTEST, is_full_cache
 from kvarena.harness.analysis.sign_flips import LEAST_DOCUMENTS, SIGNIFICANCE
 from kvarena.harness.budget import parse_budget
-from kvarena.harness.report.paper_markup import AT_LEAST, DIFFERS, TIE, UNBOUND, StyledText
+from kvarena.harness.report import text_tables
+from kvarena.harness.report.paper_markup import (
+    AT_LEAST,
+    DIFFERS,
+    REFERENCE,
+    TIE,
+    UNBOUND,
+    StyledText,
+)
 
 _NO_INTERVALS = (
     "No intervals: a part has one document only, which says nothing of how its scores spread."
@@ -70,6 +78,8 @@ def marks(texts: Sequence[StyledText], per: str) -> Iterator[str]:
         )
     if UNBOUND in shown:
         yield f"{UNBOUND} nothing was evicted: the budget never bound."
+    if REFERENCE in shown:
+        yield f"{REFERENCE} {text_tables.REFERENCE}: it competes for nothing."
 
 
 def difference(cells: pd.DataFrame) -> str:

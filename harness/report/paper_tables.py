@@ -17,6 +17,7 @@ import pandas as pd
 
 from kvarena.harness.analysis.comparison import (
     CONTEST,
+    RIVALRY,
     compare_cells,
     compare_pairs,
     is_full_cache,
@@ -33,6 +34,7 @@ from kvarena.harness.report.paper_markup import (
     DIFFERS,
     MINUS,
     MISSING,
+    REFERENCE,
     TIE,
     UNBOUND,
     Grid,
@@ -150,8 +152,8 @@ def grids(cells: pd.DataFrame, rows: pd.DataFrame, name: str) -> list[Grid]:
 
 def _without_lone_winners(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells, with a best one only where at least two compete."""
-    labels = zip(cells["policy"], cells["num_compressed"], strict=True)
-    competes = pd.Series([is_rival(*label) for label in labels], index=cells.index)
+    asked = cells[RIVALRY].itertuples(index=False)
+    competes = pd.Series([is_rival(*cell) for cell in asked], index=cells.index)
     scored = competes & cells["score"].notna()
     rivals = scored.groupby(cells["budget"]).transform("sum")
     return cells.assign(is_best=cells["is_best"] & (rivals > 1))
@@ -201,7 +203,7 @@ def _difference(line: Any) -> StyledText:
 
 def _unbound(line: Any) -> str:
     is_unbound = line.num_compressed == 0 and not paper_notes.keeps_all(line.policy)
-    return UNBOUND if is_unbound else ""
+    return (UNBOUND if is_unbound else "") + ("" if line.bounded else REFERENCE)
 
 
 def _count_notes(cells: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:

@@ -42,6 +42,9 @@ POLICY_STYLES: Mapping[str, PolicyStyle] = MappingProxyType(
         "nacl": PolicyStyle("#117733", "<"),
         "r_kv": PolicyStyle("#CC6677", "D"),
         "random": PolicyStyle("#777777", "o"),
+        # References are drawn apart: dotted, hollow.
+        "oracle": PolicyStyle("#555500", "o", ":", "none"),
+        "kvzip": PolicyStyle("#004488", "s", ":", "none"),
     }
 )
 SPARE_MARKERS = "PX*hpd8"

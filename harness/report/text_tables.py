@@ -24,6 +24,7 @@ from kvarena.harness.files import replacing
 from kvarena.harness.store.columns import all_columns
 
 MAX_COLUMNS = 100
+REFERENCE = "a reference, which looks at the whole text first in unbounded memory"
 NOTHING_EVICTED = "nothing was evicted: the budget never bound"
 _TIMES = ("TTFT s", "tok/s")
 _TEXT = pd.StringDtype()
@@ -66,12 +67,14 @@ def _with_texts(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def evictions(cells: pd.DataFrame) -> pd.Series:
-    """What to say of cells whose budget did not bind in every sample; "" of all others.
+    """What to say of references, and of cells whose budget did not bind in every sample; else "".
 
     Nothing is said of what keeps everything, of cells without a bound, and where rows do not tell.
     """
 
     def said(line: Line) -> str:
+        if not line.get("bounded", True):
+            return REFERENCE
         keeps_all = is_full_cache(line["policy"].partition("+")[0]) or line["budget"] == "full"
         evicted, num_ok = line.get("num_compressed", math.nan), line["num_ok"]
         if keeps_all or pd.isna(evicted) or evicted >= num_ok:

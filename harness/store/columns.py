@@ -196,6 +196,13 @@ ROWS = (
         low=0,
     ),
     Column(
+        "bounded",
+        bool,
+        "",
+        "whether memory was bounded at all times; false for a reference that looks at the whole "
+        "text first, whose bytes here are those of its second reading",
+    ),
+    Column(
         "compressed",
         bool,
         "",
@@ -328,6 +335,13 @@ SUMMARY = (
         "rows that count in which something was evicted (`compressed`). 0: the budget never "
         "bound. Empty where some do not say",
         low=0,
+    ),
+    Column(
+        "bounded",
+        bool,
+        "",
+        "whether memory was bounded in all rows that count; false for a reference such as "
+        "`oracle`, which looks at the whole text first and competes for nothing",
     ),
     Column(
         "score",

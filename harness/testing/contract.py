@@ -189,6 +189,8 @@ def _samples(trial: Trial) -> str:
         seen = unlike(one, other)
         if seen:
             raise ContractError(f"after other samples, prompt {number} {seen} than alone", wanted)
+    if not trial.make().bounded:
+        return "a prompt keeps the same tokens after any others; it may look ahead"
     first, longer = history(trial.alone[0]), history(trial.alone[-1])
     num_shared = len(trial.prompts[0]) // CHUNK_TOKENS
     for before, after in zip(first[:num_shared], longer[:num_shared], strict=True):
