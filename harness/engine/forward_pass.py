@@ -87,6 +87,8 @@ class ForwardPass:
         assert isinstance(index, int)
         cache = self.layers[index]
         columns = {}
+        if cohort.token_scores is not None:
+            columns[TOKEN_SCORE] = cohort.token_scores[:, index]
         if self.eviction.policy.needs.output_norms:
             columns[OUTPUT_NORMS] = output_norms(module, value, query.shape[1])
         cache.append(cohort.slots, key, value, cohort.positions, query, columns)
@@ -97,10 +99,6 @@ class ForwardPass:
         outputs, scored = [], []
         group = query.shape[1] // key.shape[1]
         for part in cache.parts(cohort.slots):
-            if cohort.token_scores is not None:
-                num_tokens = part.cache.num_tokens(part.slots)
-                column = part.cache.columns(part.slots, num_tokens)[TOKEN_SCORE]
-                column[..., -cohort.num_new :] = cohort.token_scores[:, index, part.heads]
             heads = head_slice(part.heads, group)
             output, scores = self._attend_part(
                 cohort, part, module, query[:, heads], new, spec.of_heads(heads), budget_tokens
