@@ -127,7 +127,7 @@ def ids(rows: list[dict]) -> list[str]:
     [
         (
             "policy=keydif",
-            "unknown policy 'keydif'. Did you mean keydiff? Available: caote, corm, critical, curdkv, full",
+            "unknown policy 'keydif'. Did you mean keydiff? Available: caote, corm, critical, curdkv",
         ),
         ("task=neadle", "unknown task 'neadle'. Did you mean needle? Available: "),
         ("model=smolm2", "unknown model 'smolm2'. Did you mean smollm2-135m? Available: "),
@@ -194,7 +194,7 @@ def ids(rows: list[dict]) -> list[str]:
         ("recent=64", "unknown setting 'recent'. Did you mean policy.recent"),
         (
             "window=8",
-            "Did you mean policy.window (caote, corm, critical, curdkv, r_kv, snapkv) or codec.window (",
+            "Did you mean policy.window (caote, corm, critical, curdkv, r_kv, snapkv) or codec.",
         ),
         ("temperature=1", "Did you mean sampling.temperature?"),
         ("task.data=sample", "(data is an option of "),
