@@ -127,7 +127,7 @@ def ids(rows: list[dict]) -> list[str]:
     [
         (
             "policy=keydif",
-            "unknown policy 'keydif'. Did you mean keydiff? Available: caote, corm, critical, curdkv",
+            "unknown policy 'keydif'. Did you mean keydiff? Available: caote, corm, critical",
         ),
         ("task=neadle", "unknown task 'neadle'. Did you mean needle? Available: "),
         ("model=smolm2", "unknown model 'smolm2'. Did you mean smollm2-135m? Available: "),
