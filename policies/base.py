@@ -40,6 +40,10 @@ class Needs:
     attention_rows: attention of the last so many queries of this pass (fewer in a short pass).
     attention_mass: per key, the attention it received from all queries of this pass.
     new_tokens: queries, keys and values of this pass's tokens before rotary positions.
+    rows_over_steps: those are the last so many of the text, also of passes before this one, with
+        their attention over what is held now; a query sees nothing younger than itself. A row is 0
+        where there is no such query yet, or nothing held that it sees. Not with rank_positions.
+    output_norms: of each token how much its value can add to the layer's output.
     rank_positions: attend with ranks inside the cache as positions instead of original positions.
         Only for rules that keep ``sinks`` first tokens and an unbroken run of newest ones.
     token_scores: what a full cache's look ahead says of each token, in the column TOKEN_SCORE:
@@ -49,10 +53,16 @@ class Needs:
     """
 
     attention_rows: int = 0
+    rows_over_steps: bool = False
     attention_mass: bool = False
     new_tokens: bool = False
+    output_norms: bool = False
     rank_positions: bool = False
     token_scores: Literal["", "answer", "repeat"] = ""
+
+    def __post_init__(self) -> None:
+        if self.rows_over_steps and (self.attention_rows < 1 or self.rank_positions):
+            raise ValueError("rows_over_steps needs attention_rows >= 1, and original positions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +93,14 @@ class LayerView:
     attention: Tensor | None = None  # [S, H, W, T] softmax rows of the last W queries, oldest first
     attention_mass: Tensor | None = None  # [S, K, T] summed over this pass's queries and the group
     new: NewTokens | None = None
+    # norm1(W_O v), mean over the group's query heads, [S, K, T] float32; of tokens that came with
+    # a pass, others have 0.
+    output_norms: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # [S, K, T] float32, writable
     text_tokens: int | None = None  # of the longest text so far; above all positions
     num_recent: int = 0  # newest tokens that are protected in this eviction
+    # What a head keeps in this eviction, on average where heads share a budget; 0: nothing goes.
+    num_kept: int = 0
     # Which KV heads of the layer the K are: all, or one where heads hold different numbers.
     kv_heads: slice = field(default_factory=lambda: slice(None))
 

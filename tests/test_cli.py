@@ -127,7 +127,7 @@ def ids(rows: list[dict]) -> list[str]:
     [
         (
             "policy=keydif",
-            "unknown policy 'keydif'. Did you mean keydiff? Available: caote, corm, curdkv, full",
+            "unknown policy 'keydif'. Did you mean keydiff? Available: caote, corm, critical",
         ),
         ("task=neadle", "unknown task 'neadle'. Did you mean needle? Available: "),
         ("model=smolm2", "unknown model 'smolm2'. Did you mean smollm2-135m? Available: "),
@@ -192,12 +192,15 @@ def ids(rows: list[dict]) -> list[str]:
         ("lengths=[1000]", "unknown setting 'lengths'. Did you mean task.lengths (needle, ruler)?"),
         ("lenghts=[1000]", "unknown setting 'lenghts'. Did you mean task.lengths (needle, ruler)?"),
         ("recent=64", "unknown setting 'recent'. Did you mean policy.recent"),
-        ("window=8", "Did you mean policy.window (caote, corm, curdkv, snapkv) or codec.window ("),
+        (
+            "window=8",
+            "Did you mean policy.window (caote, corm, critical, curdkv, r_kv, snapkv) or codec.",
+        ),
         ("temperature=1", "Did you mean sampling.temperature?"),
         ("task.data=sample", "(data is an option of "),
         (
             "-m policy=keydiff,snapkv policy.window=8",
-            "(window is an option of caote, corm, curdkv, snapkv)",
+            "(window is an option of caote, corm, critical, curdkv, r_kv, snapkv)",
         ),
         (
             "codec.bits=4",
@@ -849,4 +852,4 @@ def test_an_option_that_one_of_the_swept_lacks_stops_all_before_the_first_cell(
         outcome = kvarena("-m", f"policy={policies}", "policy.window=8")
         assert (outcome.code, outcome.err.count("\n"), loads) == (2, 1, [])
         assert "unknown policy option 'window'" in outcome.err
-        assert "(window is an option of caote, corm, curdkv, snapkv)" in outcome.err
+        assert "(window is an option of caote, corm, critical, curdkv, r_kv, snapkv)" in outcome.err

@@ -34,7 +34,9 @@ def view_of(policy: Policy, seed: int = 0, layer: int = 5) -> LayerView:
         positions=order.view(S, K, T),
         attention=attention if rows else None,
         attention_mass=torch.rand(S, K, T, generator=generator),
+        output_norms=torch.rand(S, K, T, generator=generator),
         num_recent=policy.num_recent(T // 2),
+        num_kept=T // 2,
         new=NewTokens(
             queries=torch.randn(S, K * G, T, D, generator=generator),
             keys=torch.randn(S, K, T, D, generator=generator),
@@ -53,6 +55,7 @@ def permuted(view: LayerView, order: torch.Tensor) -> LayerView:
         positions=view.positions[:, :, order],
         attention=None if view.attention is None else view.attention[..., order],
         attention_mass=None if view.attention_mass is None else view.attention_mass[..., order],
+        output_norms=view.output_norms[..., order],
         new=NewTokens(
             queries=view.new.queries[:, :, order],
             keys=view.new.keys[:, :, order],
@@ -60,6 +63,7 @@ def permuted(view: LayerView, order: torch.Tensor) -> LayerView:
         ),
         columns={name: column[..., order].clone() for name, column in view.columns.items()},
         num_recent=view.num_recent,
+        num_kept=view.num_kept,
     )
 
 
@@ -98,6 +102,7 @@ def test_a_sequence_is_scored_as_if_alone(name: str) -> None:
             positions=view.positions[i : i + 1],
             attention=None if view.attention is None else view.attention[i : i + 1],
             attention_mass=None if view.attention_mass is None else view.attention_mass[i : i + 1],
+            output_norms=view.output_norms[i : i + 1],
             new=NewTokens(
                 queries=view.new.queries[i : i + 1],
                 keys=view.new.keys[i : i + 1],
@@ -105,6 +110,7 @@ def test_a_sequence_is_scored_as_if_alone(name: str) -> None:
             ),
             columns={name: torch.zeros(1, K, T) for name in policy.columns},
             num_recent=view.num_recent,
+            num_kept=view.num_kept,
         )
         torch.testing.assert_close(policy.score(alone)[0], together[i])
 

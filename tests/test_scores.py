@@ -12,9 +12,11 @@ from kvarena.harness.testing.oracle import replay_difference
 from kvarena.policies.base import LayerView, Policy
 from kvarena.policies.caote import CAOTE
 from kvarena.policies.corm import CORM
+from kvarena.policies.critical import Critical
 from kvarena.policies.curdkv import CurDKV
 from kvarena.policies.lagkv import LagKV
 from kvarena.policies.nacl import NACL
+from kvarena.policies.r_kv import RKV
 from kvarena.shapes.ada import Ada
 from kvarena.shapes.base import Shape
 from kvarena.shapes.uniform import Uniform
@@ -28,6 +30,8 @@ POLICIES = [
     CurDKV(),
     CORM(window=W),
     NACL(proxies=W),
+    RKV(window=W),
+    Critical(window=W),
 ]
 
 
@@ -49,8 +53,10 @@ def view_of(policy: Policy, seed: int = 0, num_tokens: int = T, num_recent: int 
         stored_values=torch.randn(S, K, num_tokens, D, generator=generator) + 1,
         positions=positions,
         attention=logits.softmax(dim=-1) if rows else None,
+        output_norms=torch.rand(S, K, num_tokens, generator=generator) + 0.1,
         text_tokens=text_tokens,
         num_recent=num_recent,
+        num_kept=num_tokens // 2,
     )
 
 
@@ -96,6 +102,7 @@ def test_a_head_by_itself_has_the_scores_it_has_among_others(policy: Policy) -> 
             stored_values=view.stored_values[:1, k : k + 1],
             positions=view.positions[:1, k : k + 1],
             attention=None if attention is None else attention[:1, k * G : (k + 1) * G],
+            output_norms=view.output_norms[:1, k : k + 1],
             kv_heads=slice(k, k + 1),
         )
         torch.testing.assert_close(policy.score(alone), scores[:1, k : k + 1])
@@ -120,6 +127,13 @@ def test_half_precision_is_scored_in_float32(policy: Policy) -> None:
         (CORM, {"window": 0}, "window must be >= 1 query, got 0"),
         (NACL, {"proxies": 0}, "proxies must be >= 1 query, got 0"),
         (NACL, {"random_share": 1.0}, "random_share must be between 0 and 1, got 1.0"),
+        (RKV, {"window": 0}, "window must be >= 1 query, got 0"),
+        (RKV, {"kernel": 4}, "kernel must be odd and >= 1, got 4"),
+        (RKV, {"attention_share": 1.5}, "attention_share must be from 0 to 1, got 1.5"),
+        (RKV, {"threshold": -0.1}, "threshold must be from 0 to 1, got -0.1"),
+        (Critical, {"window": 0}, "window must be >= 1 query, got 0"),
+        (Critical, {"kernel": 4}, "kernel must be odd and >= 1, got 4"),
+        (Critical, {"first_share": 1.5}, "first_share must be from 0 to 1, got 1.5"),
     ],
 )
 def test_an_option_out_of_range_is_named(
@@ -439,3 +453,121 @@ def test_nacl_luck_is_of_position_layer_head_and_seed() -> None:
     for i, one in enumerate(orders):
         for other in orders[:i]:
             assert torch.corrcoef(torch.stack((one, other)).float())[0, 1].abs() < 0.5
+
+
+# ---- R-KV ----
+
+
+@pytest.mark.parametrize("num_recent", [0, 4, W, 9])
+def test_r_kv_weighs_attention_against_redundancy(num_recent: int) -> None:
+    policy = RKV(window=W, kernel=5, attention_share=0.3)
+    view = view_of(policy, num_recent=num_recent)
+    scores = policy.score(view)
+    spared = 0
+    for s, k in heads_of(view):
+        order = in_text(view.positions[s, k])
+        judged = order[: T - min(W, num_recent)]
+        votes = dict.fromkeys(order, 0.0)
+        for j in judged:
+            for h in range(k * G, (k + 1) * G):
+                rows = view.attention[s, h].tolist()
+                shares = [row[j] / sum(row[i] for i in judged) for row in rows]
+                votes[j] = max(votes[j], sum(shares) / W)
+        keys = [[float(x) for x in key] for key in view.keys[s, k]]
+        sums = [0.0] * T
+        for i in range(T):
+            cosines = {
+                j: sum(a * b for a, b in zip(keys[i], keys[j], strict=True))
+                / math.hypot(*keys[i])
+                / math.hypot(*keys[j])
+                for j in range(T)
+                if j != i
+            }
+            near = [j for j in order if j != i and cosines[j] > 0.5]
+            spared += bool(near)
+            for j in cosines:
+                if near[-1:] != [j]:
+                    sums[j] += cosines[j]
+        powers = [math.exp(x / T) for x in sums]
+        wanted = []
+        for j in range(T):
+            rank = order.index(j)
+            pooled = max(votes[i] for i in order[max(0, rank - 2) : rank + 3])
+            wanted.append(0.3 * pooled - 0.7 * powers[j] / sum(powers))
+        torch.testing.assert_close(scores[s, k], torch.tensor(wanted), atol=1e-6, rtol=1e-4)
+    assert spared > S * K * T / 3
+
+
+def test_r_kv_keeps_the_newest_of_near_copies_and_what_has_none() -> None:
+    keys = torch.tensor([[1.0, 0, 0], [2, 0, 0], [3, 0, 0], [0, 1, 0], [0, 0, 1]])
+    view = LayerView(
+        layer=0,
+        stored_keys=keys[None, None],
+        stored_values=keys[None, None],
+        positions=torch.tensor([5, 9, 2, 0, 1])[None, None],
+        attention=torch.full((1, 1, 8, 5), 0.2),
+    )
+    ranking = RKV().score(view)[0, 0].argsort(descending=True).tolist()
+    # Of the three copies the one at position 9 resembles nothing, as far as it counts.
+    assert set(ranking[:3]) == {1, 3, 4}
+    assert ranking[3:] == [0, 2]
+
+
+def test_r_kv_is_replayed_with_many_tokens_between_two_evictions() -> None:
+    engine = Engine(
+        toy_model(dtype=torch.float64), RKV(), budget_tokens=48, chunk_tokens=32, evict_every=16
+    )
+    prompt = toy_prompt(80)
+    (generation,) = engine.generate(
+        [prompt], max_new_tokens=60, record_history=True, record_logits="all"
+    )
+    read = prompt + generation.token_ids[:-1]
+    assert replay_difference(engine.model, read, generation.kept_history, generation.logits) < 1e-9
+    sizes = [step.positions[0].shape[1] for step in generation.kept_history]
+    assert max(sizes) == 48 + 15  # with the next one all go
+    # The eight newest stay, so that the last queries of the text have their own keys.
+    for step in generation.kept_history:
+        for layer in step.positions:
+            assert (layer[:, -8:] == torch.arange(step.seen_tokens - 8, step.seen_tokens)).all()
+
+
+# ---- CriticalKV ----
+
+
+@pytest.mark.parametrize(("num_recent", "first_share"), [(0, 0.5), (4, 0.5), (9, 0.25), (4, 0.0)])
+def test_critical_takes_half_by_attention_and_half_by_what_values_add(
+    num_recent: int, first_share: float
+) -> None:
+    policy = Critical(window=W, kernel=5, first_share=first_share)
+    view = view_of(policy, num_recent=num_recent)
+    scores = policy.score(view)
+    num_window = min(W, num_recent)
+    for s, k in heads_of(view):
+        order = in_text(view.positions[s, k])
+        base = dict.fromkeys(order, 0.0)
+        for h in range(k * G, (k + 1) * G):
+            votes = [float(view.attention[s, h, :, j].sum()) / W for j in order]
+            votes[T - num_window :] = [0.0] * num_window
+            for rank, j in enumerate(order):
+                base[j] += max(votes[max(0, rank - 2) : rank + 3]) / G
+        num_first = int(first_share * (T // 2 - num_recent))
+        by_attention = sorted(range(T), key=lambda j: (base[j], view.positions[s, k, j]))
+        first = by_attention[T - num_first :]
+        others = by_attention[: T - num_first]
+        wanted = [(base[j] + 1e-4) * float(view.output_norms[s, k, j]) for j in others]
+        torch.testing.assert_close(scores[s, k, others], torch.tensor(wanted))
+        assert num_first == 0 or scores[s, k, first].min() > max(wanted)
+
+
+def test_critical_keeps_a_large_value_before_one_that_is_looked_at_a_little_more() -> None:
+    view = LayerView(
+        layer=0,
+        stored_keys=torch.zeros(1, 1, 4, 2),
+        stored_values=torch.zeros(1, 1, 4, 2),
+        positions=torch.arange(4)[None, None],
+        attention=torch.tensor([0.1, 0.5, 0.22, 0.18])[None, None, None],
+        output_norms=torch.tensor([1.0, 0.1, 1.0, 2.0])[None, None],
+        num_kept=2,
+    )
+    policy = Critical(window=1, kernel=1)
+    assert policy.score(view)[0, 0].topk(2).indices.tolist() == [1, 3]

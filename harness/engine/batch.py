@@ -21,6 +21,7 @@ from kvarena.harness.engine.forward_pass import ATTENTION_NAME, ForwardPass
 from kvarena.harness.engine.free_memory import give_back_free_memory
 from kvarena.harness.engine.generation import Generation, KeptTokens
 from kvarena.harness.engine.layer_cache import LayerCache
+from kvarena.harness.engine.output_norms import OUTPUT_NORMS
 from kvarena.harness.engine.packing import Cohort, Portion, pack_cohorts
 from kvarena.harness.engine.ragged_cache import RaggedCache, make_room
 from kvarena.harness.engine.request import Request
@@ -336,7 +337,9 @@ class Batch:
     def _new_cache(self, num_slots: int, places: int) -> LayerCache:
         policy, kv_dtype = self.eviction.policy, self._kv_dtype
         num_saved_sinks = self.eviction.sinks if policy.needs.rank_positions else 0
-        side_state = (policy.columns, num_saved_sinks)
+        num_queries = policy.needs.attention_rows if policy.needs.rows_over_steps else 0
+        own_columns = (OUTPUT_NORMS,) if policy.needs.output_norms else ()
+        side_state = ((*policy.columns, *own_columns), num_saved_sinks, num_queries)
         if not self._codec.codes and kv_dtype in (None, self.model.dtype):
             return LayerCache(num_slots, places, *side_state)
         return CodedCache(

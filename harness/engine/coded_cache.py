@@ -10,7 +10,7 @@ its codes.
 Shape letters as in layer_cache.py; M heads that code a block together, R rows of a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -72,8 +72,9 @@ class CodedCache(LayerCache):
         workspace: Workspace,
         column_names: Sequence[str] = (),
         num_saved_sinks: int = 0,
+        num_queries: int = 0,
     ) -> None:
-        super().__init__(num_slots, capacity_tokens, column_names, num_saved_sinks)
+        super().__init__(num_slots, capacity_tokens, column_names, num_saved_sinks, num_queries)
         self.codec = codec
         self._exact_dtype = exact_dtype
         self._workspace = workspace
@@ -98,8 +99,16 @@ class CodedCache(LayerCache):
         self._num_exact[slot] = [0] * len(self.counts[slot])
         self._probes[slot] = ProbeStore(self.codec.probes) if self.codec.probes else None
 
-    def append(self, slots: slice, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        super().append(slots, keys, values, positions)
+    def append(
+        self,
+        slots: slice,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        queries: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().append(slots, keys, values, positions, queries, columns)
         for slot in range(slots.start, slots.stop):
             self._bytes_in_pass[slot] = self.held_bytes(slot)
 
@@ -251,9 +260,10 @@ class CodedCache(LayerCache):
         coded = sum(segment.nbytes for segment in self._segments[slot])
         exact = sum(self._num_exact[slot]) * _row_bytes(self.keys, self.values)
         side = sum(self.counts[slot]) * sum(buffer.itemsize for buffer in self._side_buffers())
-        saved = self.sink_keys.nbytes // self.num_slots if self.num_saved_sinks else 0
         probes = self._probes[slot]
-        return coded + exact + side + saved + (probes.nbytes if probes is not None else 0)
+        return (
+            coded + exact + side + self._saved_bytes + (probes.nbytes if probes is not None else 0)
+        )
 
     def bytes_in_pass(self, slot: int) -> int:
         return self._bytes_in_pass[slot]

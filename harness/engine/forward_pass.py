@@ -22,6 +22,7 @@ from kvarena.harness.engine import attention
 from kvarena.harness.engine.attention import KERNELS, AttentionSpec
 from kvarena.harness.engine.eviction import Eviction
 from kvarena.harness.engine.layer_cache import LayerCache, Part, head_slice
+from kvarena.harness.engine.output_norms import OUTPUT_NORMS, output_norms
 from kvarena.harness.engine.packing import Cohort
 from kvarena.harness.engine.ragged_cache import RaggedCache
 from kvarena.harness.engine.rotary import KeyRotator
@@ -85,7 +86,12 @@ class ForwardPass:
         index = module.layer_idx
         assert isinstance(index, int)
         cache = self.layers[index]
-        cache.append(cohort.slots, key, value, cohort.positions)
+        columns = {}
+        if cohort.token_scores is not None:
+            columns[TOKEN_SCORE] = cohort.token_scores[:, index]
+        if self.eviction.policy.needs.output_norms:
+            columns[OUTPUT_NORMS] = output_norms(module, value, query.shape[1])
+        cache.append(cohort.slots, key, value, cohort.positions, query, columns)
         budget_tokens = self._budget_if_over(cohort, index)
         new = None
         if self.eviction.policy.needs.new_tokens and self._is_scored(budget_tokens):
@@ -93,10 +99,6 @@ class ForwardPass:
         outputs, scored = [], []
         group = query.shape[1] // key.shape[1]
         for part in cache.parts(cohort.slots):
-            if cohort.token_scores is not None:
-                num_tokens = part.cache.num_tokens(part.slots)
-                column = part.cache.columns(part.slots, num_tokens)[TOKEN_SCORE]
-                column[..., -cohort.num_new :] = cohort.token_scores[:, index, part.heads]
             heads = head_slice(part.heads, group)
             output, scores = self._attend_part(
                 cohort, part, module, query[:, heads], new, spec.of_heads(heads), budget_tokens
@@ -158,7 +160,7 @@ class ForwardPass:
             output, mass, ran = attention.attend_with_mass(
                 query, keys, values, mask, spec, may_fuse=self.attention != "reference"
             )
-        elif is_scored and needs.attention_rows >= cohort.num_new:
+        elif is_scored and needs.attention_rows >= cohort.num_new and not needs.rows_over_steps:
             output, rows = attention.attend_with_weights(query, keys, values, mask, spec)
             ran = "reference"
         else:
@@ -167,10 +169,14 @@ class ForwardPass:
         if not is_scored:
             return output, None
 
-        if needs.attention_rows and rows is None:
+        if needs.rows_over_steps:
+            assert cache.queries is not None, "asked for when the cache was made"
+            rows = cache.queries.rows(part.slots, keys, positions, spec)
+        elif needs.attention_rows and rows is None:
             rows = attention.last_query_weights(query, keys, mask, spec, needs.attention_rows)
         index = module.layer_idx
         assert isinstance(index, int)
+        columns = cache.columns(part.slots, num_tokens)
         view = LayerView(
             layer=index,
             kv_heads=part.heads,
@@ -180,9 +186,11 @@ class ForwardPass:
             attention=rows,
             attention_mass=mass,
             new=new,
-            columns=cache.columns(part.slots, num_tokens),
+            output_norms=columns.pop(OUTPUT_NORMS, None),
+            columns=columns,
             text_tokens=cohort.text_tokens,
             num_recent=0 if budget_tokens is None else self.eviction.num_recent(budget_tokens),
+            num_kept=budget_tokens or 0,
         )
         scores = self._scores(view)
         sums, so_far = scores.sum(dim=(1, 2)), cohort.observed.score_sums.get(index)

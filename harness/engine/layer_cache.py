@@ -8,7 +8,7 @@ Shape letters: S slots of a cohort (a contiguous range of slots that share T), K
 tokens, Q tokens of this pass, D head dim, E tokens to evict.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvarena.harness.engine.attention import AttentionSpec
+from kvarena.harness.engine.recent_queries import RecentQueries
 
 _POSITION_BITS = 32
 _NEWEST = torch.iinfo(torch.int32).max  # comes after every position
@@ -40,7 +41,8 @@ class LayerCache:
     they are equal among the heads of a slot, and among slots that are handled together.
     keys, values: [num_slots, K, capacity, D]; positions: [num_slots, K, capacity] int32;
     columns: one float32 [num_slots, K, capacity] per name; sink_keys: [num_slots, K, num_saved, D],
-    the keys of the first tokens as they were written, for policies that re-rotate them.
+    the keys of the first tokens as they were written, for policies that re-rotate them; queries:
+    the last ones, for policies that look back over steps, or None.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class LayerCache:
         capacity_tokens: int,
         column_names: Sequence[str] = (),
         num_saved_sinks: int = 0,
+        num_queries: int = 0,
     ) -> None:
         self.num_slots = num_slots
         self.capacity_tokens = capacity_tokens
         self.num_saved_sinks = num_saved_sinks
+        self.queries = RecentQueries(num_slots, num_queries) if num_queries else None
         self.counts: list[list[int]] = [[] for _ in range(num_slots)]
         self._in_pass: list[int] = [0] * num_slots  # tokens of a head before the last eviction
         self._column_names = tuple(column_names)
@@ -101,11 +105,22 @@ class LayerCache:
     def clear(self, slot: int) -> None:
         """Make room for another request: nothing of the one before it counts any more."""
         self.counts[slot] = [0] * len(self.counts[slot])
+        if self.queries is not None:
+            self.queries.clear(slot)
 
-    def append(self, slots: slice, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def append(
+        self,
+        slots: slice,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        queries: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write Q new tokens per slot behind those it holds.
 
-        keys, values: [S, K, Q, D]; positions: [S, Q] in the original text.
+        keys, values: [S, K, Q, D]; positions: [S, Q] in the original text; queries: [S, H, Q, D]
+        post-RoPE, if a pass brought the tokens; columns: [S, K, Q] where tokens do not start at 0.
         """
         if not self._buffers:
             self._allocate(keys, values)
@@ -114,8 +129,10 @@ class LayerCache:
         assert end <= self.capacity_tokens, f"{end} tokens in {self.capacity_tokens} places"
         self._write(slots, start, keys, values)
         self.positions[slots, :, start:end] = positions[:, None]
-        for column in self.columns(slots, end).values():
-            column[:, :, start:] = 0
+        for name, column in self.columns(slots, end).items():
+            column[:, :, start:] = 0 if columns is None or name not in columns else columns[name]
+        if self.queries is not None and queries is not None:
+            self.queries.observe(slots, queries, positions)
         if start < self.num_saved_sinks:
             saved_end = min(end, self.num_saved_sinks)
             self.sink_keys[slots, :, start:saved_end] = keys[:, :, : saved_end - start]
@@ -241,7 +258,8 @@ class LayerCache:
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all buffers of this layer, all slots."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        queries = 0 if self.queries is None else self.queries.nbytes
+        return queries + sum(buffer.nbytes for buffer in self._buffers.values())
 
     def bytes_in_pass(self, slot: int) -> int:
         """Bytes that a slot held during its last pass, before it evicted."""
@@ -259,11 +277,16 @@ class LayerCache:
 
     @cached_property
     def _bytes_per_slot(self) -> tuple[int, int]:
-        """Of each place of a head, and of the saved sinks; asked for after every pass."""
+        """Of each place of a head, and of all heads besides; asked for after every pass."""
         num_places = self.positions.numel()
         per_place = sum(buffer.nbytes // num_places for buffer in self._token_buffers())
-        saved = self.sink_keys.nbytes // self.num_slots if self.num_saved_sinks else 0
-        return per_place, saved
+        return per_place, self._saved_bytes
+
+    @property
+    def _saved_bytes(self) -> int:
+        """What a slot holds besides its tokens: first keys and last queries."""
+        sinks = self.sink_keys.nbytes // self.num_slots if self.num_saved_sinks else 0
+        return sinks + (0 if self.queries is None else self.queries.slot_nbytes)
 
 
 def head_slice(kv_heads: slice, group: int) -> slice:

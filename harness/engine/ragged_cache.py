@@ -7,7 +7,7 @@ under an even one. Places move between passes, a head at a time, when some head 
 Shape letters as in layer_cache.py; B most tokens of a pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -40,15 +40,31 @@ class RaggedCache:
             for index, head in enumerate(self._heads[_only(slots)])
         ]
 
-    def append(self, slots: slice, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """keys, values: [S, K, Q, D]; positions: [S, Q]."""
+    def append(
+        self,
+        slots: slice,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        queries: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """keys, values [S, K, Q, D]; positions [S, Q]; queries [S, H, Q, D]; columns [S, K, Q]."""
         for row, slot in enumerate(range(slots.start, slots.stop)):
             if not self._heads[slot]:
                 self._heads[slot] = [self._new_head() for _ in range(keys.shape[1])]
             one = slice(row, row + 1)
             for index, head in enumerate(self._heads[slot]):
                 own = slice(index, index + 1)
-                head.append(slice(0, 1), keys[one, own], values[one, own], positions[one])
+                group = head_slice(own, 0 if queries is None else queries.shape[1] // keys.shape[1])
+                head.append(
+                    slice(0, 1),
+                    keys[one, own],
+                    values[one, own],
+                    positions[one],
+                    None if queries is None else queries[one, group],
+                    {name: column[one, own] for name, column in (columns or {}).items()},
+                )
 
     def settle(self, slots: slice, queries: Tensor, positions: Tensor, spec: AttentionSpec) -> None:
         heads = self._heads[_only(slots)]

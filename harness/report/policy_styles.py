@@ -37,8 +37,10 @@ POLICY_STYLES: Mapping[str, PolicyStyle] = MappingProxyType(
         "caote": PolicyStyle("#332288", "^"),
         "corm": PolicyStyle("#AA4499", "v"),
         "curdkv": PolicyStyle("#999933", "s"),
+        "critical": PolicyStyle("#DDCC77", "s"),
         "lagkv": PolicyStyle("#44AA99", "D"),
         "nacl": PolicyStyle("#117733", "<"),
+        "r_kv": PolicyStyle("#CC6677", "D"),
         "random": PolicyStyle("#777777", "o"),
         # References are drawn apart: dotted, hollow.
         "oracle": PolicyStyle("#555500", "o", ":", "none"),

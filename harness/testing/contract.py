@@ -21,6 +21,7 @@ from kvarena.harness.testing.score_calls import Watch, copied, other_order, reor
 from kvarena.harness.testing.trial import (
     CHUNK_TOKENS,
     HEAD_DIM,
+    HEADS,
     KV_HEADS,
     NEW_TOKENS,
     Make,
@@ -234,10 +235,13 @@ def _memory(trial: Trial) -> str:
         )
     if not policy.evicts:
         return "not bounded: the policy keeps everything (evicts = False)"
-    per_token = 2 * HEAD_DIM * 8 + 4 + 4 * len(policy.columns)  # key, value, position, columns
+    columns = len(policy.columns) + policy.needs.output_norms
+    per_token = 2 * HEAD_DIM * 8 + 4 + 4 * columns  # key, value, position, columns
     sinks = policy.sinks * HEAD_DIM * 8 if policy.needs.rank_positions else 0
+    rows = policy.needs.attention_rows if policy.needs.rows_over_steps else 0
+    queries = rows * (HEADS * HEAD_DIM * 8 + 4)  # and their positions
     places = trial.budget_tokens + CHUNK_TOKENS
-    limit = len(batch.layers) * KV_HEADS * (places * per_token + sinks)
+    limit = len(batch.layers) * (KV_HEADS * (places * per_token + sinks) + queries)
     if batch.kv_bytes_allocated > limit or generation.kept_tokens > trial.budget_tokens:
         raise ContractError(
             f"{batch.kv_bytes_allocated} bytes of buffers, {generation.kept_tokens} tokens kept",

@@ -35,7 +35,7 @@ def told(error: Exception, kind: type) -> str:
     message = " ".join([f"{type(culprit).__name__}: {culprit}", *notes]).split()
     wanted = "no exception"
     if "NoneType" in str(culprit):
-        wanted += " (attention, attention_mass and new are None unless `needs` asks for them)"
+        wanted += " (attention and its like are None unless `needs` asks for them)"
     return f"{' '.join(message)}; wanted: {wanted}; look at {place}"
 
 

@@ -113,7 +113,7 @@ Change = Callable[[Tensor], Tensor]
 
 def _mapped(view: LayerView, vectors: Change, numbers: Change, weights: Change) -> LayerView:
     """The view with its stored vectors, its numbers per token and its attention changed."""
-    mass = view.attention_mass
+    mass, norms = view.attention_mass, view.output_norms
     return replace(
         view,
         stored_keys=vectors(view.stored_keys),
@@ -121,5 +121,6 @@ def _mapped(view: LayerView, vectors: Change, numbers: Change, weights: Change) 
         positions=numbers(view.positions),
         attention=None if view.attention is None else weights(view.attention),
         attention_mass=None if mass is None else numbers(mass),
+        output_norms=None if norms is None else numbers(norms),
         columns={name: numbers(column) for name, column in view.columns.items()},
     )

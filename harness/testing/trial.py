@@ -16,7 +16,7 @@ from kvarena.policies.base import Policy
 CHUNK_TOKENS = 24
 NEW_TOKENS = 16
 # The heads of the default model, so that weights trained for it fit; its layers are not needed.
-KV_HEADS, HEAD_DIM = 3, 64
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 _LEAST_BUDGET, _MOST_BUDGET = 64, 512
 _LEAST_CHOICE = 16  # tokens that a policy must be able to choose under the budget of the checks
 
@@ -37,7 +37,7 @@ class Trial:
     def model(self) -> Any:  # Any: transformers is not typed
         return toy_model(
             dtype=torch.float64,
-            num_attention_heads=9,
+            num_attention_heads=HEADS,
             num_key_value_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             hidden_size=72,
