@@ -5,7 +5,7 @@ bounds what is lost with it. ``first_share`` of what a head keeps goes to the be
 which guards against weights that are small now; the rest to the best by
 (score + 0.0001) * norm1(W_O v), the norm being the mean over the query heads of a KV head.
 Paper: "CriticalKV: Optimizing KV Cache Eviction from an Output Perturbation Perspective",
-https://arxiv.org/abs/2502.03805, Algorithm 1. Defaults: the authors', alpha 0.5.
+https://arxiv.org/abs/2502.03805, its two-stage selection. Defaults: those of the authors' code.
 
 The paper puts it on top of other methods, SnapKV first, whose score is the base here: the mean
 attention of the last ``window`` queries, pooled over ``kernel`` neighbours in the text (maximum),
@@ -14,7 +14,7 @@ choice after each chunk, and by the one query of a pass while decoding.
 
 Differs from the paper: protected tokens take no part in the first half, which is a share of what
 is left. Where heads compete for a budget (shape=ada, global), each first gets its share of the mean
-budget; the paper lets them compete for it by the base score.
+budget, and they compete for the rest.
 """
 
 from dataclasses import dataclass
