@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from kvarena.harness.errors import UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+_PYTHONS_TEXT = warnings.formatwarning
 
 
 def on_folder(act: Callable[[Path], None], about: str | None) -> None:
@@ -45,10 +47,12 @@ def folder_parser(about: str | None, *, optional: bool = False) -> argparse.Argu
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Bad input, an unusable place, Ctrl-C and a closed pipe end the command as they should."""
+    before, warnings.formatwarning = warnings.formatwarning, _warning_text
     try:
         try:
             yield
         finally:
+            warnings.formatwarning = before
             _flush()
     except BrokenPipeError:
         leave_quietly()
@@ -63,6 +67,19 @@ def one_line_errors() -> Iterator[None]:
             raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
+
+
+def _warning_text(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,  # the names that Python gives them
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """One line for what a user can mend; a warning of other code says where it arose."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _PYTHONS_TEXT(message, category, filename, lineno, line)
 
 
 def place_error(error: Exception, folder: Path | None = None) -> str | None:

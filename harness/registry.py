@@ -118,11 +118,13 @@ def named_class(target: Any, base: type = object) -> type:  # Any: what a user m
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         places = [(frame.filename, frame.lineno) for frame in frames if frame.filename[0] != "<"]
-        if isinstance(error, SyntaxError):
+        what = str(error)
+        if isinstance(error, SyntaxError):  # its text ends with the file's name and the line
+            what = error.msg
             places.append((str(error.filename), error.lineno))
         file, line = places[-1]
         raise UsageError(
-            f"{target} cannot be imported: {type(error).__name__}: {error} ({file}, line {line})"
+            f"{target} cannot be imported: {type(error).__name__}: {what} ({file}, line {line})"
         ) from error
 
 

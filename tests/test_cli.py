@@ -164,7 +164,10 @@ def ids(rows: list[dict]) -> list[str]:
         ("device=gpu", "device='gpu' is not a torch device; use cpu, cuda or cuda:N"),
         ("dtype=f8", "unknown dtype 'f8'. Available: float32, bfloat16, float16, auto"),
         ("limit=0", "limit must be >= 1, got 0"),
-        ("limit=many", "Value 'many' of type 'str' could not be converted to Integer"),
+        (
+            "limit=many",
+            "error: limit=many: Value 'many' of type 'str' could not be converted to Integer",
+        ),
         ("slots=0", "slots must be >= 1, got 0"),
         ("chunk=0", "chunk must be >= 1, got 0"),
         ("seed=x", "Value 'x' of type 'str' could not be converted to Integer"),

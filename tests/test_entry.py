@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,18 @@ def call(kvarena: Kvarena, module: str, *arguments: object) -> Outcome:
         except SystemExit as stop:
             code = int(stop.code or 0)
     return Outcome(code, *kvarena.capsys.readouterr())
+
+
+# ---- warnings ----
+
+
+def test_a_warning_to_a_user_is_one_line_without_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with one_line_errors():
+        sys.stderr.write(warnings.formatwarning("1 of 2 samples left out", UserWarning, "a.py", 1))
+        sys.stderr.write(warnings.formatwarning("old", DeprecationWarning, "a.py", 1, "x = 1"))
+    assert capsys.readouterr().err == (
+        "warning: 1 of 2 samples left out\na.py:1: DeprecationWarning: old\n  x = 1\n"
+    )
 
 
 # ---- arguments ----

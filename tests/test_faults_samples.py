@@ -184,10 +184,13 @@ def test_scores_that_are_not_finite_are_invalid_samples_with_one_line(
     kvarena: Kvarena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(KeyDiff, "score", lambda policy, view: view.positions / 0.0)
-    assert kvarena().code == 1
+    outcome = kvarena()
+    assert outcome.code == 1
     told = (
         r"policy KeyDiff gave scores that are not finite in layer 0, in the pass of tokens \d+ to"
     )
+    *_, last = outcome.err.splitlines()
+    assert re.match(f"the first of them: {told}", last)
     for row in kvarena.rows:
         assert row["status"] == row["finish_reason"] == "invalid"
         assert re.match(told, row["error"])

@@ -256,6 +256,7 @@ def test_a_file_that_does_not_import_is_named_with_its_line(
     message = str(refusal.value)
     assert message.startswith(f"kvarena.policies.mine.Mine cannot be imported: {what}")
     assert message.endswith(f"({tmp_path}/mine.py, line {line})")
+    assert message.count("mine.py") == 1
 
 
 def test_a_class_of_another_kind_is_refused() -> None:

@@ -348,6 +348,15 @@ def test_planned_cells_can_be_dropped_and_no_others(
     assert "no cells" in capsys.readouterr().out
 
 
+def test_dropping_is_advised_only_where_a_cell_would_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned(tmp_path, seed=1).open({})
+    assert "missing: planned or begun, and no sample has run" in listed(tmp_path, capsys)
+    planned(tmp_path, seed=2)
+    assert listed(tmp_path, capsys)[-1].endswith("make drop-planned forgets those that never began")
+
+
 def test_a_shard_at_work_keeps_its_planned_cell(tmp_path: Path) -> None:
     folder = planned(tmp_path)
     shard = CellFolder(tmp_path, folder.identity, parse_shard("1/2"))

@@ -25,6 +25,7 @@ from kvarena.harness.store.cell_folder import CellFolder
 from kvarena.tasks.base import Sample
 
 _GIVE_UP_AFTER = 3  # failures with no success: the next samples would fail as well
+_UNTOLD = ("invalid", "score_error")  # no exception reaches _report_failure, only the row says why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def run_cell(cell: Cell, results_dir: Path, *, repair: bool = False, wait: bool 
             return Outcome(path=folder.path, sample_ids=planned, num_new=0, num_failed=0)
         counted = [r for r in rows if cell.shard is None or cell.shard.holds(r["sample_id"])]
         folder.begin(len(all_samples), Counter(str(row.get("status")) for row in counted))
-        num_ok = 0
+        num_ok, reason = 0, ""
         try:
             model = _load_once(cell.model, cell.settings.device, cell.settings.dtype)
             in_bytes = cell.bound.bytes is not None
@@ -78,6 +79,8 @@ def run_cell(cell: Cell, results_dir: Path, *, repair: bool = False, wait: bool 
             for row in _rows_whatever_happens(job, missing, folder.path):
                 folder.append(row)
                 num_ok += row["status"] == "ok"
+                if row["status"] in _UNTOLD:
+                    reason = reason or f"\nthe first of them: {row['error']}"
         except BaseException as error:
             stopped = not isinstance(error, Exception)  # Ctrl-C, or a scheduler that wants us gone
             with suppress(OSError):  # on a full disk the first error is the one to tell
@@ -88,7 +91,7 @@ def run_cell(cell: Cell, results_dir: Path, *, repair: bool = False, wait: bool 
     if num_failed:
         print(
             f"{cell.label}: {num_failed} of {len(samples)} samples failed and are in no score; "
-            "the same command runs them again",
+            f"the same command runs them again{reason}",
             file=sys.stderr,
         )
     return Outcome(

@@ -29,6 +29,7 @@ from kvarena.harness.errors import LockedError, UsageError
 from kvarena.harness.registry import one_of, options, unknown
 from kvarena.harness.settings import RunSettings
 
+_MERGING = re.compile(r"^Error merging override (\S+)$")
 _KEY_TYPES = re.compile(r"(full_key: |object_type=|reference_type=)")
 
 
@@ -166,6 +167,7 @@ def _failure(error: Exception, results_dir: Path) -> Failure:
     stripped = [line.strip() for message in messages for line in message.splitlines()]
     # OmegaConf also says of which of its types the key is.
     lines = [line for line in stripped if line and not _KEY_TYPES.match(line)]
+    lines = [_MERGING.sub(r"\1:", line) for line in lines]
     code = 75 if isinstance(error, LockedError) else 2
     return Failure(code=code, text=f"error: {' '.join(dict.fromkeys(lines))}")
 

@@ -143,7 +143,9 @@ def print_statuses(statuses: Sequence[CellStatus]) -> None:
     counts = Counter(cell.state for cell in statuses)
     print(", ".join(f"{num} {state}" for state, num in sorted(counts.items())) or "no cells")
     if counts["missing"]:
-        print("missing: planned, and nothing has run; make drop-planned forgets such cells")
+        planned = any(cell.state == "missing" and _is_planned_only(cell.path) for cell in statuses)
+        advice = "; make drop-planned forgets those that never began" if planned else ""
+        print(f"missing: planned or begun, and no sample has run{advice}")
 
 
 def drop_planned(results_dir: Path) -> list[CellStatus]:
