@@ -60,12 +60,19 @@ def test_what_keeps_everything_has_no_protection_and_evicts_never(folder: Path) 
     asked = toy_cell(folder, policy="full", budget="full", protect="4+8", evict_every=16)
     assert asked.identity == plain.identity
     assert asked.method_label() == "full"
+    unbound = toy_cell(folder, budget="full", protect="4+8", evict_every=16)
+    assert unbound.method_label() == "keydiff"
 
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["policy=full", "shape=ada"], "keeps everything, so its budget has no shape; leave"),
+        (["policy=full", "shape=ada"], "has no shape; leave shape=uniform"),
+        (
+            ["policy=full", "budget=9MB", "shape=ada"],
+            "keeps everything, so its budget has no shape",
+        ),
+        (["budget=full", "shape=ada"], "budget=full evicts nothing and has no shape; leave"),
         (["shape=ada", "shape.alpha=1.5"], "alpha must be a number from 0 to 1, got 1.5"),
         (["shape=ada", "shape.alfa=0.5"], "alpha"),
         (["shape=adda"], "unknown shape 'adda'. Did you mean ada?"),

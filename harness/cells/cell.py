@@ -58,6 +58,8 @@ class Cell:
         task = self._unsettled_task
         if task.is_teacher_forced and not self.settings.sampling.is_greedy:
             raise UsageError(f"{task.name} forces its answers; leave out sampling.temperature")
+        if self.bound.is_full and not isinstance(self.shape, Uniform):
+            raise UsageError("budget=full evicts nothing and has no shape; leave shape=uniform")
         # How many layers share it nobody knows yet, so samples() asks once more.
         replace(self.eviction(num_layers=1), shape=Uniform()).check(self.bound.tokens)
         devices.check_device(self.settings.device)
@@ -89,14 +91,18 @@ class Cell:
 
     @cached_property
     def protection(self) -> Protection:
-        """As asked for, or the policy's own for one that keeps everything, which needs none."""
+        """As asked for, or the policy's own where everything is kept, which needs none."""
         asked = Protection.parse(self.settings.protect)
-        return asked if self.policy.evicts else Protection()
+        return asked if self._may_evict else Protection()
 
     @cached_property
     def evict_every(self) -> int:
-        """As asked for, or 1 for a policy that keeps everything."""
-        return self.settings.evict_every if self.policy.evicts else 1
+        """As asked for, or 1 where everything is kept."""
+        return self.settings.evict_every if self._may_evict else 1
+
+    @property
+    def _may_evict(self) -> bool:
+        return self.policy.evicts and not self.bound.is_full
 
     def eviction(self, num_layers: int) -> Eviction:
         """What decides which tokens stay. Raises UsageError for what does not go together."""
