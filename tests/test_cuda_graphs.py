@@ -34,7 +34,9 @@ class Replays:
         # this one would be out of bounds of whatever it sized.
         def fixed(active: ActiveRequest) -> SimpleNamespace:
             limit = active.limit_after(1, 1)
-            return SimpleNamespace(num_seen=2**40, limit_after=lambda *_: limit)
+            return SimpleNamespace(
+                num_seen=2**40, limit_after=lambda *_: limit, scores_of_next=lambda _: None
+            )
 
         self._portions = [Portion(slot, fixed(active), tokens) for slot, active, tokens in portions]
         self._batch, self._step, self._rows_wanted = batch, step, rows_wanted
@@ -71,7 +73,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[list]:
     return kinds
 
 
-@pytest.mark.parametrize("name", choices("policy"))
+@pytest.mark.parametrize("name", sorted(set(choices("policy")) - {"kvzip", "oracle"}))
 def test_replayed_steps_give_the_same_answers(
     name: str, replayed: list[list], toy_heads: None
 ) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kvarena.harness.analysis.row_frame import recorded_rows
 from kvarena.harness.studies import score_protection_shape as study
 
 NUM = 12
@@ -73,3 +74,10 @@ def test_table_and_picture_name_every_choice(rows: pd.DataFrame) -> None:
     assert next(line for line in lines if "alike" in line).count(", the same") == 1
     picture = study.picture(summary).decode()
     assert all(name in picture for name in ("good, ada", "good, uniform", "alike, uniform"))
+
+
+def test_the_page_is_made_of_the_recorded_rows() -> None:
+    summary = study.summarise(recorded_rows(study.FOLDER / f"{study.NAME}.csv"))
+    page = (study.FOLDER / "README.md").read_text()
+    assert study.markdown(summary) in page
+    assert (study.FOLDER / f"{study.NAME}.svg").read_bytes() == study.picture(summary)

@@ -82,10 +82,11 @@ class Engine:
         self.eviction.check(budget_tokens)
         codes = codec is not None and codec.codes
         is_steady = isinstance(self.eviction.shape, Uniform) and evict_every == 1
-        if graphs and (model.device.type != "cuda" or codes or not is_steady):
+        looks_ahead = bool(policy.needs.token_scores)  # in numbers that a graph would repeat
+        if graphs and (model.device.type != "cuda" or codes or looks_ahead or not is_steady):
             raise UsageError(
-                "graphs=true needs a CUDA device, codec=none, shape=uniform and evict_every=1; "
-                "leave it out"
+                "graphs=true needs a CUDA device, codec=none, shape=uniform, evict_every=1 and a "
+                "policy that does not look ahead; leave it out"
             )
         self.model = model
         self.policy = policy
