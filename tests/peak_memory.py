@@ -1,7 +1,7 @@
 """Run as a script: peak resident memory of one generation over the loaded model, in bytes, as JSON.
 
-The arguments name a policy and a codec. A process of its own for each, so that no earlier
-allocation can hide a later one. Linux only.
+The arguments name a policy, a codec and, if it is not the even one, a budget shape. A process of
+its own for each, so that no earlier allocation can hide a later one. Linux only.
 """
 
 import gc
@@ -28,6 +28,7 @@ def main() -> None:
         model,
         build(load_choice("policy", sys.argv[1])),
         codec=build(load_choice("codec", sys.argv[2])),
+        shape=build(load_choice("shape", (*sys.argv, "uniform")[3])),
         budget_tokens=512,
         chunk_tokens=128,
         slots=1,
@@ -54,7 +55,9 @@ def main() -> None:
                 "kv_bytes_kept": generation.kv_bytes_kept,
                 "kv_bytes_peak": generation.kv_bytes_peak,
                 "prompt_tokens": generation.prompt_tokens,
-                "capacities": sorted({layer.keys.shape[2] for layer in batch.layers}),
+                "capacities": sorted(
+                    {layer.keys.shape[2] for layer in batch.layers if hasattr(layer, "keys")}
+                ),
             }
         )
     )
