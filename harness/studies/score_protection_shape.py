@@ -141,6 +141,7 @@ def picture(summary: pd.DataFrame) -> bytes:
                     fillstyle="none" if is_bare else "full",
                     ms=6,
                 )
+        axes.set_ylim(-0.6, len(order) - 0.4)
         axes.axvline(0, color="#888888", lw=0.8)
         axes.set_yticks(range(len(order)), [f"{rule}, {shape}" for rule, shape in order.index])
         axes.set_xlabel(
