@@ -71,13 +71,18 @@ def renew_tables(pages: Iterable[Path], task: str, summary_csv: Path) -> None:
 
 def with_table(text: str, task: str, summary_csv: Path) -> str:
     """The page with the table between the task's marks made anew; unchanged without marks."""
-    begin, end = f"<!-- {task} table: begin -->\n", f"<!-- {task} table: end -->"
-    if begin not in text:
+    if f"<!-- {task} table: begin -->\n" not in text:
         return text
     summary = pd.read_csv(summary_csv, dtype={"budget": str})
+    return between_marks(text, task, text_tables.markdown(summary))
+
+
+def between_marks(text: str, name: str, table: str) -> str:
+    """The page with ``table`` in place of what stands between the marks of that name."""
+    begin, end = f"<!-- {name} table: begin -->\n", f"<!-- {name} table: end -->"
     before, rest = text.split(begin)
     _, after = rest.split(end)
-    return before + begin + text_tables.markdown(summary) + end + after
+    return before + begin + table + end + after
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ their rows first.
 The yardstick is random eviction under the same protection and an even budget: what a choice closes
 is the share of the way from random's KL to none at all, which is the full cache. Two cells count as
 the same where the whole 95 % interval of their difference lies within MARGIN_NATS, which was set
-before anything ran (equivalence by two one-sided tests, at 2.5 % each).
+before any result was seen (equivalence by two one-sided tests, at 2.5 % each).
 """
 
 import pandas as pd
@@ -22,14 +22,14 @@ from kvarena.harness.files import replacing
 from kvarena.harness.report import budget_charts, text_tables
 from kvarena.harness.report.policy_styles import policy_style
 from kvarena.harness.store.cell_files import find_cells
-from kvarena.harness.studies.reference import REPOSITORY, without_texts
+from kvarena.harness.studies.reference import REPOSITORY, between_marks, without_texts
 
 NAME = "score-protection-shape"
 FOLDER = REPOSITORY / "results" / NAME
 FLOOR = "random"
 MARGIN_NATS = 0.05
 CHOICE = ["score_rule", "protect", "shape"]
-DASHES = {"uniform": "o", "pyramid": "^", "ada": "s", "global": "D"}
+MARKERS = {"uniform": "o", "pyramid": "^", "ada": "s", "global": "D"}
 
 
 def main() -> None:
@@ -54,10 +54,9 @@ def renew(rows: pd.DataFrame) -> None:
     with replacing(FOLDER / f"{NAME}.svg") as path:
         path.write_bytes(picture(summary))
     page = FOLDER / "README.md"
-    begin, end = f"<!-- {NAME} table: begin -->\n", f"<!-- {NAME} table: end -->"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
+    renewed = between_marks(page.read_text(encoding="utf-8"), NAME, markdown(summary))
     with replacing(page) as path:
-        path.write_text(before + begin + markdown(summary) + end + rest.split(end)[1])
+        path.write_text(renewed)
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
@@ -136,7 +135,7 @@ def picture(summary: pd.DataFrame) -> bytes:
                 axes.plot(
                     100 * line["closed_ratio"],
                     place,
-                    DASHES.get(shape, "o"),
+                    MARKERS.get(shape, "o"),
                     color=colour,
                     fillstyle="none" if is_bare else "full",
                     ms=6,
