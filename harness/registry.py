@@ -82,12 +82,16 @@ def load_choice(group: str, name: str) -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
-def choice_label(group: str, settings: Mapping[str, Any]) -> str:
-    """The choice's name, and the options that differ from its yaml: keydiff(anchor=median)."""
+def choice_label(group: str, settings: Mapping[str, Any], more: Sequence[str] = ()) -> str:
+    """The choice's name, and the options that differ from its yaml: keydiff(anchor=median).
+
+    more: what is said behind the options, as shape=ada.
+    """
     name = settings["_target_"].split(".")[-2]
     defaults = load_choice(group, name)
     changed = [f"{key}={value}" for key, value in settings.items() if value != defaults.get(key)]
-    return f"{name}({','.join(changed)})" if changed else name
+    told = [*changed, *more]
+    return f"{name}({','.join(told)})" if told else name
 
 
 def build(settings: Mapping[str, Any]) -> Any:  # Any: whatever class _target_ names

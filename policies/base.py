@@ -77,6 +77,15 @@ class NewTokens:
     values: Tensor
 
 
+def in_text_order(numbers: Tensor, ranks: Tensor) -> Tensor:
+    """[..., T] numbers of tokens in storage order, put in the order of the text.
+
+    ranks: as in ``LayerView.text_ranks``, in a shape that expands to that of ``numbers``;
+    ``gather(-1, ranks)`` is the way back.
+    """
+    return torch.empty_like(numbers).scatter_(-1, ranks.expand_as(numbers), numbers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerView:
     """One layer of S sequences after a pass, kept tokens and new ones together.

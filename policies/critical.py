@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvarena.policies.base import LayerView, Needs, Policy
+from kvarena.policies.base import LayerView, Needs, Policy, in_text_order
 
 _EPSILON = 1e-4  # so that a value can save a token that nothing looks at now
 _FIRST = 1e18  # above every other score in any head, and a sum of many is still finite
@@ -70,8 +70,7 @@ class Critical(Policy):
         assert view.attention is not None, "the engine hands over what needs asks for"
         S, K, T = view.positions.shape
         votes = view.attention.mean(dim=-2).view(S, K, -1, T)  # of each query head
-        places = ranks.unsqueeze(2).expand_as(votes)
-        in_text = torch.empty_like(votes).scatter_(-1, places, votes).flatten(1, 2)  # [S, H, T]
+        in_text = in_text_order(votes, ranks.unsqueeze(2)).flatten(1, 2)  # [S, H, T]
         in_text[..., T - min(self.window, view.num_recent) :] = 0
         pooled = F.max_pool1d(in_text, self.kernel, stride=1, padding=self.kernel // 2)
         return pooled.view(S, K, -1, T).mean(dim=2)

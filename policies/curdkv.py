@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvarena.policies.base import LayerView, Policy
+from kvarena.policies.base import LayerView, Policy, in_text_order
 
 _SMALLEST_SUM = 1e-30  # a block of zeros scores 0, not NaN
 
@@ -40,11 +40,11 @@ class CurDKV(Policy):
     def score(self, view: LayerView) -> Tensor:
         T = view.positions.shape[-1]
         squares = torch.stack([x.norm(dim=-1) for x in (view.keys, view.values)]).square_()
-        ranks = view.text_ranks.expand_as(squares)
-        in_text = torch.empty_like(squares).scatter_(-1, ranks, squares)  # [2, S, K, T]
+        ranks = view.text_ranks
+        in_text = in_text_order(squares, ranks)  # [2, S, K, T]
         blocks = F.pad(in_text, (0, -T % self.window)).unflatten(-1, (-1, self.window))
         shares = _normalised(blocks).flatten(-2)[..., :T]
-        return _normalised(shares[0] * shares[1]).gather(-1, ranks[0])
+        return _normalised(shares[0] * shares[1]).gather(-1, ranks)
 
 
 def _normalised(scores: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvarena.policies.base import LayerView, Policy
+from kvarena.policies.base import LayerView, Policy, in_text_order
 
 _SMALLEST_RANGE = 1e-6  # a channel may be constant in a partition
 
@@ -48,7 +48,7 @@ class LagKV(Policy):
         ranks = view.text_ranks
         T = ranks.shape[-1]
         places = torch.arange(T, device=ranks.device)
-        order = torch.empty_like(ranks).scatter_(-1, ranks, places.expand_as(ranks))
+        order = in_text_order(places.expand_as(ranks), ranks)
         first = self.sinks if view.num_recent else 0
         num_judged = max((T - first) // self.lag_size - 1, 0)  # partitions with a next one
         last = first + num_judged * self.lag_size

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvarena.policies.base import LayerView, Needs, Policy
+from kvarena.policies.base import LayerView, Needs, Policy, in_text_order
 
 # Odd numbers without a pattern: the golden ratio's bits, and MurmurHash3's two that spread a bit of
 # the input over all of the output. Signed, as torch multiplies modulo 2^64.
@@ -58,15 +58,15 @@ class NACL(Policy):
         looked_at = view.attention.sum(dim=-2).view(S, K, -1, T).mean(dim=2)
         both = torch.stack((looked_at, looked_at - self._bad_luck(view)))  # [2, S, K, T]
         # In the order of the text, so that of equal ones the older comes first.
-        ranks = view.text_ranks.expand_as(both)
-        both = torch.empty_like(both).scatter_(-1, ranks, both)
+        ranks = view.text_ranks
+        both = in_text_order(both, ranks)
         order = both.argsort(dim=-1, descending=True, stable=True)
         numbers = torch.arange(1, T + 1, device=both.device)
         places = torch.stack((numbers / (1 - self.random_share), numbers / self.random_share))
         places = torch.empty_like(both).scatter_(
             -1, order, places.to(both.dtype)[:, None, None].expand_as(both)
         )
-        return -places.amin(dim=0).gather(-1, ranks[0])
+        return -places.amin(dim=0).gather(-1, ranks)
 
     def _bad_luck(self, view: LayerView) -> Tensor:
         """[S, K, T], minus Gumbel noise: the largest log p less it are a draw with chances p."""

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvarena.policies.base import LayerView, Needs, Policy
+from kvarena.policies.base import LayerView, Needs, Policy, in_text_order
 
 
 @dataclass(kw_only=True)
@@ -71,8 +71,9 @@ class RKV(Policy):
         weights = weights.masked_fill(is_window[:, :, None, None], 0.0)
         shares = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-12)
         votes = shares.mean(dim=-2).amax(dim=2)
-        in_text = torch.empty_like(votes).scatter_(-1, ranks, votes)
-        pooled = F.max_pool1d(in_text, self.kernel, stride=1, padding=self.kernel // 2)
+        pooled = F.max_pool1d(
+            in_text_order(votes, ranks), self.kernel, stride=1, padding=self.kernel // 2
+        )
         return pooled.gather(-1, ranks)
 
     def _mean_cosines(self, view: LayerView) -> Tensor:

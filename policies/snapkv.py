@@ -16,11 +16,10 @@ set, by the mean over its query heads, as kvpress does.
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvarena.policies.base import LayerView, Needs, Policy
+from kvarena.policies.base import LayerView, Needs, Policy, in_text_order
 
 
 @dataclass(kw_only=True)
@@ -52,8 +51,7 @@ class SnapKV(Policy):
         S, K, T = view.positions.shape
         votes = view.attention.sum(dim=-2).view(S, K, -1, T)  # of each query head
         ranks = view.text_ranks
-        places = ranks.unsqueeze(2).expand_as(votes)  # in the order of the text
-        votes = torch.empty_like(votes).scatter_(-1, places, votes).flatten(1, 2)  # [S, H, T]
+        votes = in_text_order(votes, ranks.unsqueeze(2)).flatten(1, 2)  # [S, H, T]
         # The window is kept anyway, where it is protected, and must not lift its neighbours.
         votes[..., T - min(self.window, view.num_recent) :] = 0
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d

@@ -185,8 +185,6 @@ class Cell:
     @property
     def policy_label(self) -> str:
         """The name and what differs from the defaults: keydiff(anchor=median,shape=ada)."""
-        label = choice_label("policy", self.settings.policy)
-        name, _, options = label.removesuffix(")").partition("(")
         around = {
             "shape": self.shape_label.replace("(", "[").replace(")", "]"),
             "protect": str(self.protection),
@@ -194,8 +192,7 @@ class Cell:
         }
         usual = {"shape": "uniform", "protect": "paper", "evict_every": 1}
         changed = [f"{key}={value}" for key, value in around.items() if value != usual[key]]
-        parts = ([options] if options else []) + changed
-        return f"{name}({','.join(parts)})" if parts else name
+        return choice_label("policy", self.settings.policy, changed)
 
     @property
     def shape_label(self) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.harness.cells.cell import Cell
+from kvarena.harness.engine.eviction import Eviction
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import read_json
 from kvarena.harness.models import loading
@@ -117,17 +118,18 @@ def _num_binding(cell: Cell, samples: Sequence[Sample], folder: Path) -> int | N
         if not isinstance(settled, int):
             return None
         bounds = [settled for _ in samples]
+    eviction = cell.eviction(cell.num_layers)
     return sum(
-        bound is not None and _binds(cell, sample, bound)
+        bound is not None and _binds(eviction, sample, bound)
         for sample, bound in zip(samples, bounds, strict=True)
     )
 
 
-def _binds(cell: Cell, sample: Sample, budget_tokens: int) -> bool:
+def _binds(eviction: Eviction, sample: Sample, budget_tokens: int) -> bool:
     """Whether some layer may have to evict while it reads the prompt, or while it answers."""
-    least = cell.eviction(cell.num_layers).least_tokens(budget_tokens)
+    least = eviction.least_tokens(budget_tokens)
     num_fed = _num_tokens(sample) - 1  # the last new token is chosen but never fed
-    return len(sample.prompt_token_ids) > least or num_fed >= least + cell.evict_every
+    return len(sample.prompt_token_ids) > least or num_fed >= least + eviction.every
 
 
 def _note(folder: CellFolder, num_samples: int) -> str:

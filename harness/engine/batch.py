@@ -295,7 +295,7 @@ class Batch:
         kept = sum(layer.held_bytes(slot) for layer in self.layers)
         in_pass = sum(layer.bytes_in_pass(slot) for layer in self.layers)
         workspace = max(layer.workspace_bytes(slot) for layer in self.layers)
-        counts = [count for layer in self.layers for count in layer.counts[slot]]
+        counts = [count for layer in self.layers for count in layer.held_tokens(slot)]
         held = -(-sum(counts) // len(counts))
         active.kept_tokens = max(active.kept_tokens, held)
         active.kv_bytes_kept = max(active.kv_bytes_kept, kept)

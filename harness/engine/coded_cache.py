@@ -10,7 +10,7 @@ its codes.
 Shape letters as in layer_cache.py; M heads that code a block together, R rows of a block.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
@@ -99,16 +99,8 @@ class CodedCache(LayerCache):
         self._num_exact[slot] = [0] * len(self.counts[slot])
         self._probes[slot] = ProbeStore(self.codec.probes) if self.codec.probes else None
 
-    def append(
-        self,
-        slots: slice,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        queries: Tensor | None = None,
-        columns: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().append(slots, keys, values, positions, queries, columns)
+    def _note_pass(self, slots: slice, num_tokens: int) -> None:
+        super()._note_pass(slots, num_tokens)
         for slot in range(slots.start, slots.stop):
             self._bytes_in_pass[slot] = self.held_bytes(slot)
 

@@ -46,7 +46,9 @@ class GraphedBatch(Batch):
     def _forward(
         self, inputs: Tensor, portions: Sequence[Portion], rows_wanted: Tensor
     ) -> tuple[Tensor, Sequence[Cohort]]:
-        kind = [(slot, [layer.counts[slot] for layer in self.layers]) for slot, _, _ in portions]
+        kind = [
+            (slot, [layer.held_tokens(slot) for layer in self.layers]) for slot, _, _ in portions
+        ]
         if len(rows_wanted) < len(portions) or not all(map(self._is_steady, portions)):
             return super()._forward(inputs, portions, rows_wanted)
         known = self._recorded
@@ -64,7 +66,7 @@ class GraphedBatch(Batch):
     def _is_steady(self, portion: Portion) -> bool:
         """Whether the slot writes, at its budget in every head: as much goes as comes."""
         limit = portion.active.limit_after(1, self.eviction.every)
-        held = {count for layer in self.layers for count in layer.counts[portion.slot]}
+        held = {count for layer in self.layers for count in layer.held_tokens(portion.slot)}
         return len(portion.token_ids) == 1 and limit is not None and held == {limit.tokens}
 
     def _record(

@@ -123,7 +123,7 @@ class ForwardPass:
             budget_tokens, held_tokens = limit.tokens, cohort.mean_tokens
         else:
             budget_tokens = self.eviction.layer_tokens(limit, index)
-            counts = self.layers[index].counts[cohort.slots.start]
+            counts = self.layers[index].held_tokens(cohort.slots.start)
             held_tokens = sum(counts) // len(counts)
         return budget_tokens if held_tokens > budget_tokens + limit.spare_tokens else None
 

@@ -86,6 +86,10 @@ class LayerCache:
         """All heads of the slots together, for they hold equally many tokens."""
         return [Part(cache=self, slots=slots, heads=slice(0, self.positions.shape[1]))]
 
+    def held_tokens(self, slot: int) -> list[int]:
+        """Of each KV head; nothing before the first append."""
+        return self.counts[slot]
+
     def num_tokens(self, slots: slice) -> int:
         """T: what every head of these slots holds."""
         return self._common_count(slots)
@@ -137,8 +141,12 @@ class LayerCache:
             saved_end = min(end, self.num_saved_sinks)
             self.sink_keys[slots, :, start:saved_end] = keys[:, :, : saved_end - start]
         self._count(slots, end)
+        self._note_pass(slots, end)
+
+    def _note_pass(self, slots: slice, num_tokens: int) -> None:
+        """Remember what a head holds with the new tokens, before anything is evicted."""
         for slot in range(slots.start, slots.stop):
-            self._in_pass[slot] = end
+            self._in_pass[slot] = num_tokens
 
     def _common_count(self, slots: slice) -> int:
         """What every head of these slots holds, as cohorts see to it."""

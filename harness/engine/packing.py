@@ -128,7 +128,7 @@ def pack_cohorts(
     def work(place_and_portion: tuple[int, Portion]) -> tuple[object, ...]:
         place, portion = place_and_portion
         num_new = len(portion.token_ids)
-        counts = [layer.counts[portion.slot] for layer in layers]
+        counts = [layer.held_tokens(portion.slot) for layer in layers]
         # Neighbours have the same distance between slot and place in the list.
         apart = portion.slot if is_ragged else portion.slot - place
         return apart, num_new, portion.active.limit_after(num_new, evict_every), counts

@@ -29,9 +29,8 @@ class RaggedCache:
         """The stores of a slot's KV heads; none before its first token."""
         return self._heads[slot]
 
-    @property
-    def counts(self) -> list[list[int]]:
-        return [[head.counts[0][0] for head in heads] for heads in self._heads]
+    def held_tokens(self, slot: int) -> list[int]:
+        return [head.counts[0][0] for head in self._heads[slot]]
 
     def parts(self, slots: slice) -> list[Part]:
         """Each head of the one slot by itself."""
