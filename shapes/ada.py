@@ -32,15 +32,27 @@ class Ada(Shape):
             raise ValueError(f"alpha must be a number from 0 to 1, got {self.alpha!r}")
 
     def head_tokens(self, scores: Sequence[Tensor], budget_tokens: int) -> list[int]:
+        held = [len(own) for own in scores]
+        num_going = sum(held) - len(held) * budget_tokens
         floor = round(self.alpha * budget_tokens)
-        safe = []
-        for own in scores:
-            best = own.topk(min(floor, len(own))).indices
-            safe.append(own.index_fill(0, best, float("inf")))
-        total = len(scores) * budget_tokens
-        heads = torch.arange(len(scores), device=safe[0].device)
-        head_of_token = heads.repeat_interleave(
-            torch.tensor([len(own) for own in safe], device=heads.device)
-        )
-        best = torch.cat(safe).argsort(descending=True, stable=True)[:total]
-        return torch.bincount(head_of_token[best], minlength=len(scores)).tolist()
+        # A head that stays above its floor whatever goes needs no guard, as mostly while decoding.
+        guarded = [own if len(own) - num_going >= floor else _guard(own, floor) for own in scores]
+        together = torch.cat(guarded)
+        lowest = together.topk(num_going, largest=False).values
+        limit = lowest.max()
+        goes = together < limit
+        # Of those that are as good as the best that goes, the ones of the last heads go.
+        as_good = (together == limit).nonzero()[:, 0]
+        goes[as_good[len(as_good) - int((lowest == limit).sum()) :]] = True
+        ends = torch.tensor(held, device=goes.device).cumsum(0)
+        gone_up_to = goes.cumsum(0)[ends - 1].tolist()
+        before = [0, *gone_up_to[:-1]]
+        return [
+            num - (gone - less) for num, gone, less in zip(held, gone_up_to, before, strict=True)
+        ]
+
+
+def _guard(scores: Tensor, floor: int) -> Tensor:
+    """Scores [T] with the best ``floor`` of them at +inf."""
+    best = scores.topk(min(floor, len(scores))).indices
+    return scores.index_fill(0, best, float("inf"))
