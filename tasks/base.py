@@ -9,7 +9,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from kvarena.harness.column import Column
@@ -55,6 +55,20 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedContext:
+    """What questions about one context know of each other; made by ``ask_of_one_context``.
+
+    turn: 1 for the one that is asked first. longest_question_tokens, longest_prompt_tokens: of all
+    of them, so that each one's budget is that of every other.
+    """
+
+    id: str
+    turn: int
+    longest_question_tokens: int
+    longest_prompt_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """One question. ``id`` comes from content, so order and limits never change it."""
 
@@ -64,6 +78,11 @@ class Sample:
     max_new_tokens: int
     # Last tokens of the prompt, from the end of the context on; 0: the two cannot be told apart.
     question_tokens: int = 0
+    # Set where several samples ask of one context; a limit counts contexts then, not samples.
+    context: SharedContext | None = None
+    # The question as it follows an answer to an earlier one of the same context: the end of that
+    # answer, which it does not have itself, then what the chat template puts around the question.
+    follow_up_token_ids: tuple[int, ...] = ()
     # End the answer at a newline, after at least one new token (LongBench's samsum).
     stop_newline: bool = False
     # What samples have in common: the id of a source document they share (their scores are then not
@@ -106,7 +125,8 @@ class Task(ABC):
     def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
         """The samples in a fixed order; the same arguments give the same samples.
 
-        limit: only the first so many (of each part, where a task has parts).
+        limit: only the first so many (of each part, where a task has parts; of contexts with all
+        their questions, where they share some).
         """
 
     @abstractmethod
@@ -138,6 +158,51 @@ def content_id(*parts: object) -> str:
 def rows_fingerprint(rows: Iterable[object]) -> str:
     """One id for a set of JSON rows, the same in any order."""
     return content_id(sorted(content_id(row) for row in rows))
+
+
+def ask_of_one_context(context_id: str, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples, in the order of their turns, as questions about one context.
+
+    Raises ValueError unless all have the same prompt before the question, and a question.
+    """
+    if not samples:
+        raise ValueError(f"context {context_id}: no question")
+    contexts = {s.prompt_token_ids[: len(s.prompt_token_ids) - s.question_tokens] for s in samples}
+    if len(contexts) > 1:
+        raise ValueError(f"context {context_id}: its questions come after different texts")
+    for turn, sample in enumerate(samples, start=1):
+        if not sample.question_tokens or (turn > 1 and not sample.follow_up_token_ids):
+            raise ValueError(f"context {context_id}: turn {turn} is empty")
+    longest_question = max(sample.question_tokens for sample in samples)
+    longest_prompt = max(len(sample.prompt_token_ids) for sample in samples)
+    return [
+        replace(
+            sample,
+            document=sample.document or context_id,
+            context=SharedContext(
+                id=context_id,
+                turn=turn,
+                longest_question_tokens=longest_question,
+                longest_prompt_tokens=longest_prompt,
+            ),
+        )
+        for turn, sample in enumerate(samples, start=1)
+    ]
+
+
+def render_follow_up(tokenizer: Tokenizer, user_text: str, *, chat: bool = True) -> list[int]:
+    """Token ids of a further user turn, from the end of the answer before it on.
+
+    Through the model's chat template, or as plain text if it has none.
+    """
+    if not chat or tokenizer.chat_template is None:
+        return tokenizer.encode(user_text, add_special_tokens=False)
+    answer = "An answer."
+    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+    turns.append({"role": "user", "content": user_text})
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    after = rendered[rendered.index(answer) + len(answer) :]
+    return tokenizer.encode(after, add_special_tokens=False)
 
 
 def render_prompt(tokenizer: Tokenizer, user_text: str, *, chat: bool = True) -> list[int]:
