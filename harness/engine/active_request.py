@@ -1,6 +1,7 @@
 """A request on its way through a slot."""
 
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,14 +15,15 @@ from kvarena.harness.engine.request import Request
 class ActiveRequest:
     """How far a settled request is. What it holds now is counted by the layers' caches.
 
-    num_seen: tokens fed to the model so far; has_evicted, kept_tokens, kv_bytes_kept,
-    kv_bytes_peak: see Generation.
+    num_seen: tokens fed to the model so far; prefill_tokens, has_evicted, kept_tokens,
+    kv_bytes_kept, kv_bytes_peak: see Generation.
     """
 
     index: int
     request: Request
     generator: torch.Generator
     num_seen: int = 0
+    prefill_tokens: int = 0
     kept_tokens: int = 0
     kv_bytes_kept: int = 0
     kv_bytes_peak: int = 0
@@ -59,10 +61,10 @@ class ActiveRequest:
         if request.budget_tokens is None:
             return None
         reads_context = self.num_seen + num_new <= request.context_tokens
-        question = request.question_tokens
+        room = request.held_back_tokens
         return Limit(
-            shared_tokens=request.budget_tokens - question,
-            extra_tokens=0 if reads_context else question,
+            shared_tokens=request.budget_tokens - room,
+            extra_tokens=0 if reads_context else room,
             spare_tokens=evict_every - 1 if self.num_seen >= len(request.prompt) else 0,
         )
 
@@ -93,6 +95,30 @@ class ActiveRequest:
         self.error = self.error or error
         self.first_token_at = self.first_token_at or now_sec
 
+    def goes_on_from(self, before: "ActiveRequest") -> None:
+        """Take over what another one has brought into the slot, or a copy of it."""
+        self.num_seen = before.num_seen
+        self.kept_tokens = before.kept_tokens
+        self.kv_bytes_kept, self.kv_bytes_peak = before.kv_bytes_kept, before.kv_bytes_peak
+        self.history, self.logits = list(before.history), list(before.logits)
+        self.has_evicted, self.kernels = before.has_evicted, set(before.kernels)
+        if before.request.token_scores is not None:
+            self.request = replace(self.request, token_scores=before.request.token_scores)
+
+    def answers_after(self, before: "ActiveRequest", now_sec: float) -> None:
+        """Begin as the next turn of a dialogue, after the answer that ``before`` has given."""
+        ended_itself = before.finish_reason == "stop"
+        answer = before.token_ids[:-1] if ended_itself else before.token_ids
+        text = [*before.request.prompt, *answer, *self.request.prompt]
+        self.request = replace(self.request, prompt=text, tokens_before=0)
+        self.goes_on_from(before)
+        self.admitted_at = now_sec
+
+    @property
+    def waits(self) -> bool:
+        """Whether its slot has nothing to do in the next pass."""
+        return False
+
     @property
     def finish_reason(self) -> str | None:
         """stop | length | invalid, or None while it runs."""
@@ -109,3 +135,43 @@ class ActiveRequest:
         if len(self.token_ids) < 2:
             return None
         return (len(self.token_ids) - 1) / (self.last_token_at - self.first_token_at)
+
+
+@dataclass(kw_only=True)
+class ContextRead(ActiveRequest):
+    """A context that is read once; then its slot holds it until its last question begins there.
+
+    request: of one of its questions, up to where the question begins.
+    """
+
+    questions: deque[ActiveRequest] = field(default_factory=deque)
+
+    @classmethod
+    def of(cls, question: ActiveRequest) -> "ContextRead":
+        asked = question.request
+        context = replace(
+            asked,
+            prompt=asked.prompt[: asked.context_tokens],
+            question_tokens=0,
+            room_tokens=asked.held_back_tokens,
+        )
+        return cls(index=question.index, request=context, generator=question.generator)
+
+    def next_question(self, now_sec: float) -> ActiveRequest:
+        """The next one to answer, with what the context has cost, if it is the first of them."""
+        question = self.questions.popleft()
+        question.goes_on_from(self)
+        question.prefill_tokens, self.prefill_tokens = self.prefill_tokens, 0
+        question.admitted_at, self.admitted_at = self.admitted_at or now_sec, 0.0
+        return question
+
+    def chooses_after(self, num_new: int) -> bool:
+        return False
+
+    @property
+    def waits(self) -> bool:
+        return self.num_seen == len(self.request.prompt)
+
+    @property
+    def finish_reason(self) -> str | None:
+        return "invalid" if self.error else None

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
 from kvarena.codecs.none import NoCodec
-from kvarena.harness.engine.active_request import ActiveRequest
+from kvarena.harness.engine.active_request import ActiveRequest, ContextRead
 from kvarena.harness.engine.coded_cache import CodedCache, Workspace
 from kvarena.harness.engine.eviction import Eviction, Limit
 from kvarena.harness.engine.foresight import token_scores
@@ -65,7 +65,10 @@ class Batch:
         recording: Recording,
     ) -> None:
         self.num_tokens = 0
-        self.slots: list[ActiveRequest | None] = [None] * min(num_slots, len(requests))
+        self._waiting: deque[ActiveRequest] = deque()
+        self._next_turns: dict[int, ActiveRequest] = {}  # by the index of the request before
+        self._line_up(requests)
+        self.slots: list[ActiveRequest | None] = [None] * self._num_slots(num_slots)
         self.model, self.eviction, self._codec = model, eviction, codec
         self._chunk_tokens, self._kv_dtype = chunk_tokens, kv_dtype
         self._requests, self._workspace = requests, Workspace()
@@ -73,14 +76,31 @@ class Batch:
         self._attention = attention
         self._sampling, self._recording = sampling, recording
         self._rotator = rotator
-        self._waiting = deque(
-            ActiveRequest(
-                index=index,
-                request=request,
-                generator=torch.Generator().manual_seed(request.seed),
-            )
-            for index, request in enumerate(requests)
-        )
+
+    def _line_up(self, requests: Sequence[Request]) -> None:
+        """Have them wait in their order, those of one context together, later turns apart."""
+        contexts: dict[str, ContextRead] = {}
+        for index, request in enumerate(requests):
+            generator = torch.Generator().manual_seed(request.seed)
+            active = ActiveRequest(index=index, request=request, generator=generator)
+            if request.continues is not None:
+                self._next_turns[request.continues] = active
+            elif request.context is None:
+                self._waiting.append(active)
+            else:
+                if request.context not in contexts:
+                    contexts[request.context] = ContextRead.of(active)
+                    self._waiting.append(contexts[request.context])
+                contexts[request.context].questions.append(active)
+
+    def _num_slots(self, most: int) -> int:
+        """As many as can be at work at once; a context with several questions needs a second one,
+        as it has to stay as it is until the last of them begins.
+        """
+        questions = [len(one.questions) for one in self._waiting if isinstance(one, ContextRead)]
+        num_plain = len(self._waiting) - len(questions)
+        least = 2 if max(questions, default=0) > 1 else 1
+        return min(max(most, least), num_plain + sum(questions))
 
     @property
     def has_work(self) -> bool:
@@ -88,7 +108,7 @@ class Batch:
 
     @property
     def num_waiting(self) -> int:
-        """Requests without a slot so far."""
+        """Requests without a slot so far, a context and its questions as one."""
         return len(self._waiting)
 
     @property
@@ -118,8 +138,7 @@ class Batch:
         finished = []
         for slot, occupant in enumerate(self.slots):
             if occupant is not None and occupant.finish_reason:
-                finished.append(self._generation(occupant, slot))
-                self.slots[slot] = None
+                finished += self._leave(slot, occupant)
         return finished
 
     def start_from(self, num_tokens: int, keys_and_values: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -141,9 +160,55 @@ class Batch:
                 assert active.request.forced is not None, "nothing was run to choose by"
                 active.add_token(active.request.forced[0], perf_counter())
 
+    def _leave(self, slot: int, active: ActiveRequest) -> list[Generation]:
+        """What ends with ``active``; its slot goes to the next turn of its dialogue, or is free."""
+        self.slots[slot] = None
+        if isinstance(active, ContextRead):  # none of its questions can begin
+            lost = list(active.questions)
+            for question in lost:
+                question.goes_on_from(active)
+        else:
+            lost = [active]
+        finished = []
+        for one in lost:
+            if active.error is not None:
+                one.end_invalid(perf_counter(), active.error)
+            finished.append(self._generation(one, slot))
+            turn = self._next_turns.pop(one.index, None)
+            if turn is None:
+                continue
+            turn.answers_after(one, perf_counter())
+            if one.error is None:
+                self.slots[slot] = turn
+            else:
+                turn.end_invalid(perf_counter(), f"an earlier turn ended: {one.error}")
+                finished += self._leave(slot, turn)
+        return finished
+
+    @torch.inference_mode()  # as passes are, which allocate
+    def _begin_questions(self) -> None:
+        """Give free slots to the questions of contexts that are read: the oldest contexts first."""
+        for source, context in enumerate(self.slots):
+            if not isinstance(context, ContextRead) or not context.waits:
+                continue
+            while len(context.questions) > 1 and None in self.slots:
+                target = self.slots.index(None)
+                for layer in self.layers:
+                    layer.copy_slot(source, target)
+                self.slots[target] = context.next_question(perf_counter())
+            if len(context.questions) == 1:
+                self.slots[source] = context.next_question(perf_counter())
+
+    def _may_enter(self, active: ActiveRequest) -> bool:
+        """A context only if a slot is left for answers, or all could wait for one another."""
+        others = [one for one in self.slots if isinstance(one, ContextRead)]
+        alone = not isinstance(active, ContextRead) or len(active.questions) == 1
+        return alone or len(others) + 1 < len(self.slots)
+
     def _admit(self) -> None:
+        self._begin_questions()
         for slot, occupant in enumerate(self.slots):
-            if occupant is None and self._waiting:
+            if occupant is None and self._waiting and self._may_enter(self._waiting[0]):
                 active = self._waiting.popleft()
                 self._look_ahead(active)
                 active.admitted_at = perf_counter()
@@ -164,7 +229,7 @@ class Batch:
             self.model,
             Eviction(policy=policy, num_layers=self.eviction.num_layers),
             NoCodec(),
-            [request],
+            [replace(request, context=None, continues=None)],
             kv_dtype=None,
             chunk_tokens=self._chunk_tokens,
             num_slots=1,
@@ -182,7 +247,7 @@ class Batch:
         portions = [
             Portion(slot, active, active.next_tokens(self._chunk_tokens))
             for slot, active in enumerate(self.slots)
-            if active is not None
+            if active is not None and not active.waits
         ]
         self._make_room(portions)
         row = [token for portion in portions for token in portion.token_ids]
@@ -198,6 +263,8 @@ class Batch:
         )
         self._observe(cohorts)
         for slot, active, token_ids in portions:
+            if active.num_seen < len(active.request.prompt):
+                active.prefill_tokens += len(token_ids)
             active.num_seen += len(token_ids)
             self._count(slot, active)
             if self._recording.history:
@@ -316,6 +383,7 @@ class Batch:
             error=active.error,
             kernels=tuple(sorted(active.kernels)),
             prompt_tokens=len(active.request.prompt),
+            prefill_tokens=active.prefill_tokens,
             budget_tokens=active.request.budget_tokens,
             has_evicted=active.has_evicted,
             kept_tokens=active.kept_tokens,
@@ -357,9 +425,11 @@ class Batch:
         total = request.total_tokens
         if request.budget_tokens is None:
             return total
-        question = request.question_tokens
-        limit = Limit(shared_tokens=request.budget_tokens - question, extra_tokens=question)
+        room = request.held_back_tokens
+        limit = Limit(shared_tokens=request.budget_tokens - room, extra_tokens=room)
         most_new = max(self._chunk_tokens, self.eviction.every)
+        if request.continues is not None:  # a chunk may come on top of what waits for an eviction
+            most_new = self._chunk_tokens + self.eviction.every - 1
         return min(total, self.eviction.layer_tokens(limit, layer) + most_new)
 
     def _make_room(self, portions: Sequence[Portion]) -> None:

@@ -11,6 +11,7 @@ Shape letters as in layer_cache.py; M heads that code a block together, R rows o
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from math import prod
 
@@ -77,6 +78,7 @@ class CodedCache(LayerCache):
         super().__init__(num_slots, capacity_tokens, column_names, num_saved_sinks, num_queries)
         self.codec = codec
         self._exact_dtype = exact_dtype
+        self._dtype: torch.dtype  # the model's own, known with the first tokens
         self._workspace = workspace
         self._most_exact = codec.window + codec.block - 1 + chunk_tokens
         self._segments: list[list[Segment]] = [[] for _ in range(num_slots)]
@@ -98,6 +100,22 @@ class CodedCache(LayerCache):
         self._segments[slot] = []
         self._num_exact[slot] = [0] * len(self.counts[slot])
         self._probes[slot] = ProbeStore(self.codec.probes) if self.codec.probes else None
+
+    def copy_slot(self, source: int, target: int, origin: LayerCache | None = None) -> None:
+        origin = origin or self
+        assert isinstance(origin, CodedCache), "stores of one layer code alike"
+        self._dtype = origin._dtype  # with the buffers, if they are not there yet
+        super().copy_slot(source, target, origin)
+        # A block is never written to again, so slots may share it; each has its own list of them.
+        self._segments[target] = list(origin._segments[source])
+        self._num_exact[target] = list(origin._num_exact[source])
+        self._bytes_in_pass[target] = origin._bytes_in_pass[source]
+        self._probes[target] = copy(origin._probes[source])
+
+    def _num_filled(self, name: str, slot: int) -> int:
+        if name in ("keys", "values"):
+            return max(self._num_exact[slot])
+        return super()._num_filled(name, slot)
 
     def _note_pass(self, slots: slice, num_tokens: int) -> None:
         super()._note_pass(slots, num_tokens)

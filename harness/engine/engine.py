@@ -150,10 +150,7 @@ class Engine:
             self.model,
             self.eviction,
             self.codec,
-            [
-                settled(request, index, self.model, self.eviction, self.budget_tokens)
-                for index, request in enumerate(asked)
-            ],
+            settled(asked, self.model, self.eviction, self.budget_tokens),
             kv_dtype=self.kv_dtype,
             chunk_tokens=self.chunk_tokens,
             num_slots=self.slots,

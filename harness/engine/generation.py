@@ -35,6 +35,9 @@ class Generation:
     logits or a policy's scores were no finite numbers (the answer ends before that token); error
     then says which.
     kernels: what computed its attention outputs, observed: sdpa | flash | reference | triton.
+    prompt_tokens: all that it has been fed before its answer, earlier turns of a dialogue included.
+    prefill_tokens: how many of them were computed for it: those of a shared context count once,
+    for the question that is asked first, those of earlier turns for the earlier turns.
     budget_tokens: None without a bound, which is always so for a policy that keeps everything.
     has_evicted: whether the budget ever bound.
     kept_tokens: most tokens a head held between passes, on average over all heads.
@@ -54,6 +57,7 @@ class Generation:
     error: str | None
     kernels: tuple[str, ...]
     prompt_tokens: int
+    prefill_tokens: int
     budget_tokens: int | None
     has_evicted: bool
     kept_tokens: int

@@ -112,6 +112,27 @@ class LayerCache:
         if self.queries is not None:
             self.queries.clear(slot)
 
+    def copy_slot(self, source: int, target: int, origin: "LayerCache | None" = None) -> None:
+        """Have slot ``target`` hold what ``source`` holds, in places of its own.
+
+        origin: the store of ``source``, if it is another one, as wide as this one.
+        """
+        origin = origin or self
+        if not self._buffers:
+            self._buffers = {name: torch.empty_like(one) for name, one in origin._buffers.items()}
+        for name, buffer in self._buffers.items():
+            filled = slice(0, origin._num_filled(name, source))
+            buffer[target, :, filled] = origin._buffers[name][source, :, filled]
+        self.counts[target] = list(origin.counts[source])
+        self._in_pass[target] = origin._in_pass[source]
+        if self.queries is not None:
+            assert origin.queries is not None, "stores of one layer remember alike"
+            self.queries.copy_slot(source, target, origin.queries)
+
+    def _num_filled(self, name: str, slot: int) -> int:
+        """How many entries of a buffer count for a slot."""
+        return self.num_saved_sinks if name == "sink_keys" else max(self.counts[slot])
+
     def append(
         self,
         slots: slice,

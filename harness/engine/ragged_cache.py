@@ -65,6 +65,16 @@ class RaggedCache:
                     {name: column[one, own] for name, column in (columns or {}).items()},
                 )
 
+    def copy_slot(self, source: int, target: int) -> None:
+        """Have slot ``target`` hold what ``source`` holds, in stores of its own."""
+        copies = []
+        for head in self._heads[source]:
+            copy = self._new_head()
+            copy.capacity_tokens = head.capacity_tokens
+            copy.copy_slot(0, 0, origin=head)
+            copies.append(copy)
+        self._heads[target] = copies
+
     def settle(self, slots: slice, queries: Tensor, positions: Tensor, spec: AttentionSpec) -> None:
         heads = self._heads[_only(slots)]
         for index, head in enumerate(heads):

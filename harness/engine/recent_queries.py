@@ -31,6 +31,17 @@ class RecentQueries:
         if self._positions is not None:
             self._positions[slot] = _NONE
 
+    def copy_slot(self, source: int, target: int, origin: "RecentQueries") -> None:
+        """Remember in ``target`` what ``origin`` remembers in ``source``."""
+        if origin._queries is None or origin._positions is None:
+            return
+        if self._queries is None or self._positions is None:
+            shape = (self._num_slots, *origin._queries.shape[1:])
+            self._queries = origin._queries.new_zeros(shape)
+            self._positions = origin._positions.new_full((shape[0], shape[2]), _NONE)
+        self._queries[target] = origin._queries[source]
+        self._positions[target] = origin._positions[source]
+
     def observe(self, slots: slice, queries: Tensor, positions: Tensor) -> None:
         """Take this pass's queries [S, H, Q, D] at ``positions`` [S, Q]."""
         if self._queries is None or self._positions is None:

@@ -20,6 +20,12 @@ class Request:
     budget_tokens: N of this prompt; None: the engine's own.
     question_tokens: last tokens of the prompt that the context is compressed without; context and
     question together stay in the budget.
+    room_tokens: so many the context leaves room for if they are more than the question's.
+    context: name of the context; requests with the same one have the same prompt but for their
+    questions. It is read and compressed once, with room for the longest of their questions.
+    continues: index of the request whose answer the prompt comes after, as the next turn of a
+    dialogue: it goes on with what that one holds, under the same budget.
+    tokens_before: most tokens fed before those of the prompt; known once it is settled.
     seed: of the generator that this prompt alone draws from, where sampling is not greedy.
     stop_token_ids: None: the model's own. min_new_tokens: no stop token before so many.
     token_scores: [L, K, tokens] of a policy that needs them (foresight.py); None: the engine looks
@@ -31,6 +37,10 @@ class Request:
     forced: Sequence[int] | None = None
     budget_tokens: int | None = None
     question_tokens: int = 0
+    room_tokens: int = 0
+    context: str | None = None
+    continues: int | None = None
+    tokens_before: int = 0
     seed: int = 0
     stop_token_ids: Collection[int] | None = None
     min_new_tokens: int = 0
@@ -49,22 +59,42 @@ class Request:
         return len(self.prompt) - self.question_tokens
 
     @property
+    def held_back_tokens(self) -> int:
+        """What the context leaves room for."""
+        return max(self.question_tokens, self.room_tokens)
+
+    @property
     def total_tokens(self) -> int:
         """Tokens that are ever fed: the last one of the answer is not."""
-        return len(self.prompt) + self.answer_tokens - 1
+        return self.tokens_before + len(self.prompt) + self.answer_tokens - 1
 
 
 def settled(
+    requests: Sequence[Request],
+    model: PreTrainedModel,
+    eviction: Eviction,
+    budget_tokens: int | None,
+) -> list[Request]:
+    """The requests with all that they leave to model, eviction and engine. Raises UsageError.
+
+    budget_tokens: the engine's own.
+    """
+    done: list[Request] = []
+    for index, request in enumerate(requests):
+        if request.continues is not None:
+            request = _after(request, index, done, eviction)
+        done.append(_settled(request, index, model, eviction, budget_tokens))
+    return _with_contexts(done, eviction)
+
+
+def _settled(
     request: Request,
     index: int,
     model: PreTrainedModel,
     eviction: Eviction,
     budget_tokens: int | None,
 ) -> Request:
-    """The request with all that it leaves to model, eviction and engine. Raises UsageError.
-
-    index: what messages call it; budget_tokens: the engine's own.
-    """
+    """One of them; index: what messages call it."""
     prompt = [int(token) for token in request.prompt] or [_bos_token(model)]
     if (request.max_new_tokens is None) == (request.forced is None):
         raise UsageError("give either max_new_tokens or forced")
@@ -77,11 +107,12 @@ def settled(
             f"question_tokens is {request.question_tokens} of a prompt of {len(prompt)}"
         )
     budget = budget_tokens if request.budget_tokens is None else request.budget_tokens
-    eviction.check(budget, request.question_tokens)
+    eviction.check(budget, request.held_back_tokens)
     limit = context_tokens(model.config)
-    check_context(f"prompt {index}", len(prompt), request.answer_tokens, limit)
+    num_prompt = request.tokens_before + len(prompt)
+    check_context(f"prompt {index}", num_prompt, request.answer_tokens, limit)
     if eviction.policy.needs.token_scores == "repeat" and request.token_scores is None:
-        check_context(f"prompt {index}, read twice,", 2 * len(prompt), 1, limit)
+        check_context(f"prompt {index}, read twice,", 2 * num_prompt, 1, limit)
     stops = stop_tokens(model) if request.stop_token_ids is None else request.stop_token_ids
     return replace(
         request,
@@ -89,6 +120,69 @@ def settled(
         budget_tokens=budget if eviction.policy.evicts else None,
         stop_token_ids=frozenset(stops),
     )
+
+
+def _after(request: Request, index: int, done: Sequence[Request], eviction: Eviction) -> Request:
+    """A later turn of a dialogue, with what it takes over from the turn before."""
+    before = request.continues
+    if before is None or not 0 <= before < index:
+        raise UsageError(f"request {index} continues {before}, which is not one before it")
+    if any(other.continues == before for other in done):
+        raise UsageError(f"two requests continue request {before}; a dialogue has one next turn")
+    if not request.prompt:
+        raise UsageError(f"request {index} is an empty turn; it needs at least one token")
+    if request.context is not None or request.held_back_tokens or request.budget_tokens is not None:
+        raise UsageError(
+            f"request {index} continues another one, whose context and budget it has; leave out "
+            "context, question_tokens, room_tokens and budget_tokens"
+        )
+    if eviction.policy.needs.token_scores == "answer":
+        raise UsageError(
+            f"policy {type(eviction.policy).__name__} must know a request's answer beforehand, so "
+            "it cannot take part in a dialogue; use turns=independent"
+        )
+    earlier = done[before]
+    return replace(
+        request,
+        budget_tokens=earlier.budget_tokens,
+        tokens_before=earlier.total_tokens + 1,
+    )
+
+
+def _with_contexts(requests: Sequence[Request], eviction: Eviction) -> list[Request]:
+    """Those with a context leave as much room as the longest question of it needs."""
+    by_context: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        if request.context is not None:
+            by_context.setdefault(request.context, []).append(index)
+    settled_ones = list(requests)
+    for name, indices in by_context.items():
+        members = [requests[index] for index in indices]
+        first = members[0]
+        for index, other in zip(indices, members, strict=True):
+            if not other.context_tokens or not other.question_tokens:
+                raise UsageError(
+                    f"request {index} has {other.context_tokens} tokens of context {name!r} and a "
+                    f"question of {other.question_tokens}; both need at least one"
+                )
+            if (
+                other.prompt[: other.context_tokens] != first.prompt[: first.context_tokens]
+                or other.budget_tokens != first.budget_tokens
+            ):
+                raise UsageError(
+                    f"requests {indices[0]} and {index} are both said to ask of context {name!r}, "
+                    "but differ in its text or in their budget; name them apart"
+                )
+        room = max(member.held_back_tokens for member in members)
+        if eviction.policy.evicts:
+            eviction.check(first.budget_tokens, room)
+        # What each answer looks at decides such a policy's scores, so nothing can be shared.
+        is_own = eviction.policy.needs.token_scores == "answer"
+        for index in indices:
+            settled_ones[index] = replace(
+                requests[index], room_tokens=room, context=None if is_own else name
+            )
+    return settled_ones
 
 
 def stop_tokens(model: PreTrainedModel) -> list[int]:
