@@ -17,7 +17,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 # An empty one is not passed, so that the default holds. "VALUE" is a path, in which a comma begins
 # no other value. Lines #: and #> are text of `make help` as well.
 #
-#= POLICY     policy=VALUE              policy names from `make list`; all: every one without training; glob(*): really all
+#= POLICY     policy=VALUE              policy names from `make list`; all: every one but references and those that read a file; glob(*): really all
 #= BUDGET     budget=VALUE              most tokens a KV head keeps: 512, 2k, 25% (of the prompt) or full
 #= SHAPE      shape=VALUE               how layers and heads share the budget: names from `make list`
 #= PROTECT    protect=VALUE             tokens that stay whatever their score: paper, none, or first+newest like 4+64
@@ -98,7 +98,7 @@ RUN_TARGETS := demo $(BENCHMARKS) plan
 $(foreach target,$(RUN_TARGETS) help,$(eval of-$(target) := $(RUN_VARIABLES)))
 $(foreach target,status drop-planned table report rescore,$(eval of-$(target) := RESULTS))
 $(foreach target,reference-longbench reference-math500,$(eval of-$(target) := DATA))
-of-train-locret := MODEL DEVICE
+$(foreach target,train-locret calibrate-triattention,$(eval of-$(target) := MODEL DEVICE))
 of-check-policy := POLICY ARGS
 MISPLACED := $(filter-out $(foreach goal,$(or $(MAKECMDGOALS),help),$(of-$(goal))),$(filter $(RUN_VARIABLES),$(GIVEN)))
 ifneq ($(MISPLACED),)
@@ -176,6 +176,8 @@ equal-bytes: train-locret ## policies, codecs and both in the same bytes of KV c
 	$(MODULE).studies.equal_bytes results/equal-bytes
 train-locret: .venv/.stamp ## trained heads for POLICY=locret, once for each MODEL: 21 minutes on one busy core
 	$(MODULE).training.locret $(if $(MODEL),--model '$(value MODEL)') $(if $(DEVICE),--device '$(value DEVICE)')
+calibrate-triattention: .venv/.stamp ## query statistics for POLICY=triattention, once for each MODEL: 74 seconds on one busy core
+	$(MODULE).training.triattention $(if $(MODEL),--model '$(value MODEL)') $(if $(DEVICE),--device '$(value DEVICE)')
 notebooks: .venv/.stamp ## run the notebooks on the committed results and keep their outputs
 	.venv/bin/python tests/execute_notebooks.py
 anatomy: .venv/.stamp ## what each policy keeps, and where keys point: ten minutes

@@ -112,6 +112,8 @@ class LayerView:
     num_kept: int = 0
     # Which KV heads of the layer the K are: all, or one where heads hold different numbers.
     kv_heads: slice = field(default_factory=lambda: slice(None))
+    # H and K of the layer, whatever the view has of it.
+    layer_heads: tuple[int, int] | None = None
 
     @property
     def keys(self) -> Tensor:

@@ -33,8 +33,8 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 @pytest.fixture
 def toy_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random retaining heads where the trained ones would lie: now every policy can be built."""
-    from toys import save_random_heads  # imports transformers, which reads HF_HUB_OFFLINE then
+    """Random files where those that policies read would lie: now every policy can score."""
+    from toys import save_policy_files  # imports transformers, which reads HF_HUB_OFFLINE then
 
-    save_random_heads(tmp_path / "results" / "locret" / "smollm2-135m.safetensors")
+    save_policy_files(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ from kvarena.harness.testing import contract
 from kvarena.harness.testing.contract import CHECKS, Finding, check_policy
 from kvarena.harness.testing.trial import Trial
 from kvarena.policies.base import LayerView, Needs, Policy
-from toys import save_random_heads
+from toys import save_policy_files
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +28,8 @@ def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fitting_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random heads of the default model's shape, which the toy model of the checks has."""
-    path = tmp_path / "results" / "locret" / "smollm2-135m.safetensors"
-    save_random_heads(path, num_heads=9, num_kv_heads=3, head_dim=64, num_layers=3)
+    """Random files of the default model's shape, which the toy model of the checks has."""
+    save_policy_files(tmp_path, num_heads=9, num_kv_heads=3, head_dim=64, num_layers=3)
     monkeypatch.chdir(tmp_path)
 
 

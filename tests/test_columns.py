@@ -35,7 +35,7 @@ from kvarena.harness.store.row_files import parse_row, row_model
 from kvarena.tasks.base import Task
 from kvarena.tasks.needle import Needle
 from toy_folder import save_haystack, save_model_folder, toy_cell
-from toys import save_random_heads
+from toys import save_policy_files
 
 TASKS = choices("task")
 DTYPES = {int: "Int64", float: "Float64", bool: "boolean"}
@@ -90,7 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         patch.chdir(folder)
         save_model_folder(folder / "toy")
         save_haystack(folder / "hay")
-        save_random_heads(folder / "results" / "locret" / "smollm2-135m.safetensors")
+        save_policy_files(folder)
         runs = Runs(folder)
         for name in TASKS:
             runs.run(name)

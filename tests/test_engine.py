@@ -25,7 +25,7 @@ EVICTING = [name for name in POLICIES if name != "full"]
 # References look ahead to the whole text, in memory that nothing bounds.
 LOOK_AHEAD = {"kvzip", "oracle"}
 
-# Every policy is built here, and one of them reads trained heads.
+# Every policy is built here, and some of them read a file.
 pytestmark = pytest.mark.usefixtures("toy_heads")
 
 

@@ -17,7 +17,7 @@ from toys import finished, toy_model, toy_prompt
 S, K, G, T, D = 3, 2, 2, 40, 16  # heads as in the toy models
 POLICIES = choices("policy")
 
-# Every policy is built here, and one of them reads trained heads.
+# Every policy is built here, and some of them read a file.
 pytestmark = pytest.mark.usefixtures("toy_heads")
 
 
@@ -29,6 +29,7 @@ def view_of(policy: Policy, seed: int = 0, layer: int = 5) -> LayerView:
     order = torch.stack([torch.randperm(T, generator=generator) for _ in range(S * K)])
     return LayerView(
         layer=layer,
+        layer_heads=(K * G, K),
         stored_keys=torch.randn(S, K, T, D, generator=generator),
         stored_values=torch.randn(S, K, T, D, generator=generator),
         positions=order.view(S, K, T),
@@ -50,6 +51,7 @@ def permuted(view: LayerView, order: torch.Tensor) -> LayerView:
     """The same tokens stored in another order (the same for all heads)."""
     return LayerView(
         layer=view.layer,
+        layer_heads=view.layer_heads,
         stored_keys=view.stored_keys[:, :, order],
         stored_values=view.stored_values[:, :, order],
         positions=view.positions[:, :, order],
@@ -97,6 +99,7 @@ def test_a_sequence_is_scored_as_if_alone(name: str) -> None:
     for i in range(S):
         alone = LayerView(
             layer=view.layer,
+            layer_heads=view.layer_heads,
             stored_keys=view.stored_keys[i : i + 1],
             stored_values=view.stored_values[i : i + 1],
             positions=view.positions[i : i + 1],

@@ -278,7 +278,7 @@ def test_options_are_known_by_their_full_names() -> None:
 def test_a_policy_is_ready_unless_an_option_names_a_file_or_it_is_a_reference() -> None:
     kinds = {name: class_of("policy", name) for name in choices("policy")}
     needy = {name for name, kind in kinds.items() if kind.file_options or not kind.bounded}
-    assert {"locret", "oracle"} <= needy
+    assert {"locret", "triattention", "oracle"} <= needy
     assert ready_policies() == [name for name in choices("policy") if name not in needy]
 
 

@@ -15,7 +15,7 @@ from toys import ARCHITECTURES, kernel_for, toy_model, toy_prompt
 BUDGET, CHUNK, NEW_TOKENS = 64, 24, 72
 PROMPT_LENGTHS = (200, 151, 97)
 
-# Every policy is built here, and one of them reads trained heads.
+# Every policy is built here, and some of them read a file.
 pytestmark = pytest.mark.usefixtures("toy_heads")
 
 

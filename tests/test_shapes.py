@@ -33,7 +33,7 @@ SHAPES = choices("shape")
 RAGGED = ["ada", "global"]
 POLICIES = [name for name in choices("policy") if name != "full"]
 
-# Every policy is built here, and one of them reads trained heads.
+# Every policy is built here, and some of them read a file.
 pytestmark = pytest.mark.usefixtures("toy_heads")
 
 

@@ -1,4 +1,4 @@
-"""The toy models of kvarena.harness.testing, and heads for the policy that reads trained ones."""
+"""The toy models of kvarena.harness.testing, and files for the policies that read one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,9 @@ __all__ = [
     "finished",
     "kernel_for",
     "requests",
+    "save_policy_files",
     "save_random_heads",
+    "save_random_statistics",
     "toy_model",
     "toy_prompt",
 ]
@@ -46,6 +48,38 @@ def save_random_heads(
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(heads, path)
     return path
+
+
+def save_random_statistics(
+    path: Path,
+    *,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    num_layers: int = 6,
+) -> Path:
+    """Statistics of no model's queries in the format of measured ones; as save_random_heads."""
+    generator = torch.Generator().manual_seed(0)
+    shape, num_frequencies = (num_kv_heads, num_heads // num_kv_heads, head_dim), head_dim // 2
+    frequencies = 1e4 ** (-torch.arange(num_frequencies) / num_frequencies)
+    found = {}
+    for layer in range(num_layers):
+        mean = torch.randn(shape, generator=generator)
+        rest = torch.rand(*shape[:2], num_frequencies, generator=generator)
+        found[f"layers.{layer}.mean_queries"] = mean
+        found[f"layers.{layer}.mean_norms"] = mean.unflatten(-1, (2, -1)).norm(dim=-2) + rest
+        found[f"layers.{layer}.frequencies"] = frequencies.clone()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(found, path)
+    return path
+
+
+def save_policy_files(folder: Path, **shape: int) -> None:
+    """What policies read by default, in a folder that commands then run in: random, not made."""
+    save_random_heads(folder / "results" / "locret" / "smollm2-135m.safetensors", **shape)
+    save_random_statistics(
+        folder / "results" / "triattention" / "smollm2-135m.safetensors", **shape
+    )
 
 
 def requests(prompts: Sequence[Sequence[int]], **lists: Sequence[Any]) -> list[Request]:

@@ -177,9 +177,12 @@ class ForwardPass:
         index = module.layer_idx
         assert isinstance(index, int)
         columns = cache.columns(part.slots, num_tokens)
+        num_kv_heads = len(self.layers[index].held_tokens(cohort.slots.start))
+        group = query.shape[1] // keys.shape[1]
         view = LayerView(
             layer=index,
             kv_heads=part.heads,
+            layer_heads=(num_kv_heads * group, num_kv_heads),
             stored_keys=keys,
             stored_values=values,
             positions=positions.long(),

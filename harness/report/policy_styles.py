@@ -41,6 +41,7 @@ POLICY_STYLES: Mapping[str, PolicyStyle] = MappingProxyType(
         "lagkv": PolicyStyle("#44AA99", "D"),
         "nacl": PolicyStyle("#117733", "<"),
         "r_kv": PolicyStyle("#CC6677", "D"),
+        "triattention": PolicyStyle("#88CCEE", "^"),
         "random": PolicyStyle("#777777", "o"),
         # References are drawn apart: dotted, hollow.
         "oracle": PolicyStyle("#555500", "o", ":", "none"),

@@ -1,1 +1,1 @@
-"""Heads of trained policies, made by a command of its own."""
+"""What policies read from a file, trained heads or statistics of queries; each by a command."""

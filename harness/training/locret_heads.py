@@ -8,8 +8,7 @@ Shape letters: L layers, H query heads, K KV heads, P prompt tokens, A answer to
 F = (H + 2K) * D features of a token.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvarena.harness.engine.attention import KERNELS, AttentionSpec, Kernel, visible_tokens
-from kvarena.harness.engine.forward_pass import ATTENTION_NAME
+from kvarena.harness.engine.attention import KERNELS, AttentionSpec, Kernel
 from kvarena.harness.engine.rotary import KeyRotator
 from kvarena.harness.files import replacing
 from kvarena.harness.training.locret_texts import TrainingSample
+from kvarena.harness.training.watched_pass import attend_whole, positions_of, watch_pass
 from kvarena.policies.base import NewTokens
 from kvarena.policies.locret import retaining_scores, token_features
 
@@ -94,19 +93,10 @@ class Observer:
         self._rotator = KeyRotator(model)
         self._kernel = KERNELS[attention]
 
-    @torch.no_grad()
     def observe(self, sample: TrainingSample) -> Observation:
-        device = self._model.device
-        position_ids = torch.arange(len(sample.token_ids), device=device)[None]
-        recorder = _Recorder(self._rotator, self._kernel, sample.prompt_tokens, position_ids)
-        with _attention_of_the_engine(self._model):
-            # The base model has no head over the vocabulary, a fifth of a small model's work.
-            self._model.base_model(
-                input_ids=torch.tensor([sample.token_ids], device=device),
-                position_ids=position_ids,
-                use_cache=False,
-                forward_pass=recorder,
-            )
+        positions = positions_of(len(sample.token_ids), self._model.device)
+        recorder = _Recorder(self._rotator, self._kernel, sample.prompt_tokens, positions)
+        watch_pass(self._model, sample.token_ids, recorder)
         return Observation(
             features=torch.stack(recorder.features),
             targets=torch.stack(recorder.targets),
@@ -116,7 +106,7 @@ class Observer:
 
 @dataclass
 class _Recorder:
-    """Stands where the engine's ForwardPass does, so what the engine runs can be observed."""
+    """Keeps of every layer what an Observation holds."""
 
     rotator: KeyRotator
     kernel: Kernel
@@ -143,17 +133,4 @@ class _Recorder:
         )
         self.features.append(token_features(new)[0])
         self.keys.append(key[0, :, prompt].float())
-        everywhere = self.positions[:, None]
-        mask = visible_tokens(self.positions, everywhere, query.shape[2], spec.sliding_window)
-        return self.kernel(query, key, value, mask, spec).transpose(1, 2)
-
-
-@contextmanager
-def _attention_of_the_engine(model: PreTrainedModel) -> Iterator[None]:
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION_NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before  # the model stays as the caller knows it
+        return attend_whole(self.kernel, query, key, value, spec)
