@@ -44,6 +44,10 @@ class Needs:
         their attention over what is held now; a query sees nothing younger than itself. A row is 0
         where there is no such query yet, or nothing held that it sees. Not with rank_positions.
     output_norms: of each token how much its value can add to the layer's output.
+    future_queries: the mean query that each head is to expect at the next so many positions, by
+        all its queries so far. Not with rank_positions.
+    future_covariance: and their covariance, D x D numbers for each query head.
+    skipped_queries: the first so many tokens of the text do not count for these two.
     rank_positions: attend with ranks inside the cache as positions instead of original positions.
         Only for rules that keep ``sinks`` first tokens and an unbroken run of newest ones.
     token_scores: what a full cache's look ahead says of each token, in the column TOKEN_SCORE:
@@ -57,12 +61,19 @@ class Needs:
     attention_mass: bool = False
     new_tokens: bool = False
     output_norms: bool = False
+    future_queries: int = 0
+    future_covariance: bool = False
+    skipped_queries: int = 0
     rank_positions: bool = False
     token_scores: Literal["", "answer", "repeat"] = ""
 
     def __post_init__(self) -> None:
         if self.rows_over_steps and (self.attention_rows < 1 or self.rank_positions):
             raise ValueError("rows_over_steps needs attention_rows >= 1, and original positions")
+        if self.future_queries and self.rank_positions:
+            raise ValueError("future_queries needs original positions")
+        if not self.future_queries and (self.future_covariance or self.skipped_queries):
+            raise ValueError("future_covariance and skipped_queries need future_queries >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +86,19 @@ class NewTokens:
     queries: Tensor
     keys: Tensor
     values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FutureQueries:
+    """The queries that a head is to expect, as a Gaussian; float32 or wider.
+
+    They are turned by the mean rotation of the next positions and scaled as the layer scales its
+    logits, so that ``mean . key`` is an expected logit (before soft-capping). covariance: biased,
+    None if not asked for. Both are 0 while no query counts yet.
+    """
+
+    mean: Tensor  # [S, H, D]
+    covariance: Tensor | None  # [S, H, D, D]
 
 
 def in_text_order(numbers: Tensor, ranks: Tensor) -> Tensor:
@@ -105,6 +129,7 @@ class LayerView:
     # norm1(W_O v), mean over the group's query heads, [S, K, T] float32; of tokens that came with
     # a pass, others have 0.
     output_norms: Tensor | None = None
+    future_queries: FutureQueries | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # [S, K, T] float32, writable
     text_tokens: int | None = None  # of the longest text so far; above all positions
     num_recent: int = 0  # newest tokens that are protected in this eviction

@@ -23,7 +23,7 @@ from kvarena.harness.engine.forward_pass import ForwardPass
 from kvarena.harness.engine.layer_cache import LayerCache
 from kvarena.harness.engine.packing import Cohort
 from kvarena.harness.registry import build, load_choice, ready_policies
-from kvarena.policies.base import LayerView, NewTokens, Policy
+from kvarena.policies.base import FutureQueries, LayerView, NewTokens, Policy
 
 S, K, G, D, KEPT, CHUNK = 3, 2, 2, 64, 96, 32
 H, T = K * G, KEPT + CHUNK
@@ -49,6 +49,8 @@ MOST_PER_TOKEN = {
 ANY_OTHER = D / 2
 # What compares all pairs of keys is the exception, and meant to evict once in many steps.
 MOST_PER_PAIR = {"r_kv": 4}
+# A quadratic form of each key takes its product with a matrix, for each of the two query heads.
+MOST_PER_CHANNEL = {"expected_attention": 4}
 
 
 class Written(TorchDispatchMode):
@@ -121,6 +123,7 @@ def random_view(policy: Policy) -> LayerView:
             keys=torch.randn(S, K, CHUNK, D),
             values=torch.randn(S, K, CHUNK, D),
         ),
+        future_queries=FutureQueries(mean=torch.randn(S, H, D), covariance=torch.randn(S, H, D, D)),
         columns={name: torch.zeros(S, K, T) for name in policy.columns},
         text_tokens=T,
     )
@@ -132,12 +135,14 @@ def test_scoring_writes_a_few_numbers_per_token_and_never_the_keys(name: str) ->
     view = random_view(policy)
     policy.score(view)  # what is made once and kept is not part of the cost
     written = written_by(lambda: policy.score(view))
-    most = MOST_PER_TOKEN.get(name, ANY_OTHER) + T * MOST_PER_PAIR.get(name, 0)
+    most = MOST_PER_TOKEN.get(name, ANY_OTHER)
+    most += T * MOST_PER_PAIR.get(name, 0) + D * MOST_PER_CHANNEL.get(name, 0)
     assert written.total <= 1.05 * most * S * K * T
 
 
-def test_r_kv_compares_all_keys_in_blocks_that_are_no_larger_than_the_keys() -> None:
-    policy, view = policy_named("r_kv"), random_view(policy_named("r_kv"))
+@pytest.mark.parametrize("name", [*MOST_PER_PAIR, *MOST_PER_CHANNEL])
+def test_what_costs_more_writes_in_blocks_that_are_no_larger_than_the_keys(name: str) -> None:
+    policy, view = policy_named(name), random_view(policy_named(name))
     written = written_by(lambda: policy.score(view))
     assert written.largest < S * K * T * T
     assert written.largest <= view.keys.numel()

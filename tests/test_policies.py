@@ -5,7 +5,7 @@ import torch
 
 from kvarena.harness.engine import Engine
 from kvarena.harness.registry import build, choices, load_choice
-from kvarena.policies.base import LayerView, Needs, NewTokens, Policy
+from kvarena.policies.base import FutureQueries, LayerView, Needs, NewTokens, Policy
 from kvarena.policies.h2o import H2O
 from kvarena.policies.keydiff import KeyDiff
 from kvarena.policies.l2norm import L2Norm
@@ -43,6 +43,10 @@ def view_of(policy: Policy, seed: int = 0, layer: int = 5) -> LayerView:
             keys=torch.randn(S, K, T, D, generator=generator),
             values=torch.randn(S, K, T, D, generator=generator),
         ),
+        future_queries=FutureQueries(
+            mean=torch.randn(S, K * G, D, generator=generator),
+            covariance=torch.rand(S, K * G, D, D, generator=generator),
+        ),
         columns={name: torch.zeros(S, K, T) for name in policy.columns},
     )
 
@@ -63,6 +67,7 @@ def permuted(view: LayerView, order: torch.Tensor) -> LayerView:
             keys=view.new.keys[:, :, order],
             values=view.new.values[:, :, order],
         ),
+        future_queries=view.future_queries,
         columns={name: column[..., order].clone() for name, column in view.columns.items()},
         num_recent=view.num_recent,
         num_kept=view.num_kept,
@@ -110,6 +115,10 @@ def test_a_sequence_is_scored_as_if_alone(name: str) -> None:
                 queries=view.new.queries[i : i + 1],
                 keys=view.new.keys[i : i + 1],
                 values=view.new.values[i : i + 1],
+            ),
+            future_queries=FutureQueries(
+                mean=view.future_queries.mean[i : i + 1],
+                covariance=view.future_queries.covariance[i : i + 1],
             ),
             columns={name: torch.zeros(1, K, T) for name in policy.columns},
             num_recent=view.num_recent,

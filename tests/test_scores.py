@@ -9,11 +9,13 @@ from torch import Tensor
 
 from kvarena.harness.engine import Engine
 from kvarena.harness.testing.oracle import replay_difference
-from kvarena.policies.base import LayerView, Policy
+from kvarena.harness.testing.score_calls import copied
+from kvarena.policies.base import FutureQueries, LayerView, Policy
 from kvarena.policies.caote import CAOTE
 from kvarena.policies.corm import CORM
 from kvarena.policies.critical import Critical
 from kvarena.policies.curdkv import CurDKV
+from kvarena.policies.expected_attention import ExpectedAttention
 from kvarena.policies.lagkv import LagKV
 from kvarena.policies.nacl import NACL
 from kvarena.policies.r_kv import RKV
@@ -32,6 +34,8 @@ POLICIES = [
     NACL(proxies=W),
     RKV(window=W),
     Critical(window=W),
+    ExpectedAttention(),
+    ExpectedAttention(covariance=False, epsilon=0.01),
 ]
 
 
@@ -47,6 +51,7 @@ def view_of(policy: Policy, seed: int = 0, num_tokens: int = T, num_recent: int 
     ages = torch.arange(rows - 1, -1, -1)
     logits = 2 * torch.randn(S, K * G, rows, num_tokens, generator=generator)
     logits[newest_first[:, :, None] < ages[:, None]] = float("-inf")
+    factors = torch.randn(S, K * G, D, 2 * D, generator=generator) / D
     return LayerView(
         layer=3,
         stored_keys=torch.randn(S, K, num_tokens, D, generator=generator),
@@ -54,6 +59,10 @@ def view_of(policy: Policy, seed: int = 0, num_tokens: int = T, num_recent: int 
         positions=positions,
         attention=logits.softmax(dim=-1) if rows else None,
         output_norms=torch.rand(S, K, num_tokens, generator=generator) + 0.1,
+        future_queries=FutureQueries(
+            mean=torch.randn(S, K * G, D, generator=generator),
+            covariance=factors @ factors.mT if policy.needs.future_covariance else None,
+        ),
         text_tokens=text_tokens,
         num_recent=num_recent,
         num_kept=num_tokens // 2,
@@ -95,13 +104,18 @@ def test_a_head_by_itself_has_the_scores_it_has_among_others(policy: Policy) -> 
     view = view_of(policy)
     scores = policy.score(view)
     for k in range(K):
-        attention = view.attention
+        attention, future, heads = view.attention, view.future_queries, slice(k * G, (k + 1) * G)
+        covariance = future.covariance
         alone = replace(
             view,
             stored_keys=view.stored_keys[:1, k : k + 1],
             stored_values=view.stored_values[:1, k : k + 1],
             positions=view.positions[:1, k : k + 1],
-            attention=None if attention is None else attention[:1, k * G : (k + 1) * G],
+            attention=None if attention is None else attention[:1, heads],
+            future_queries=FutureQueries(
+                mean=future.mean[:1, heads],
+                covariance=None if covariance is None else covariance[:1, heads],
+            ),
             output_norms=view.output_norms[:1, k : k + 1],
             kv_heads=slice(k, k + 1),
         )
@@ -133,6 +147,9 @@ def test_half_precision_is_scored_in_float32(policy: Policy) -> None:
         (RKV, {"threshold": -0.1}, "threshold must be from 0 to 1, got -0.1"),
         (Critical, {"window": 0}, "window must be >= 1 query, got 0"),
         (Critical, {"kernel": 4}, "kernel must be odd and >= 1, got 4"),
+        (ExpectedAttention, {"skip": -1}, "skip must be >= 0 tokens, got -1"),
+        (ExpectedAttention, {"horizon": 0}, "horizon must be >= 1 position, got 0"),
+        (ExpectedAttention, {"epsilon": -0.5}, "epsilon must be >= 0, got -0.5"),
         (Critical, {"first_share": 1.5}, "first_share must be from 0 to 1, got 1.5"),
     ],
 )
@@ -571,3 +588,86 @@ def test_critical_keeps_a_large_value_before_one_that_is_looked_at_a_little_more
     )
     policy = Critical(window=1, kernel=1)
     assert policy.score(view)[0, 0].topk(2).indices.tolist() == [1, 3]
+
+
+# ---- Expected Attention ----
+
+
+def mean_rotation(first: int, num_positions: int, dim: int) -> list[list[float]]:
+    """[dim, dim]: rotary embedding of the halves of a head, averaged over its next positions."""
+    mean = [[0.0] * dim for _ in range(dim)]
+    for position in range(first, first + num_positions):
+        for i in range(dim // 2):
+            angle = position * 10000.0 ** (-2 * i / dim)
+            for row, column, entry in (
+                (i, i, math.cos(angle)),
+                (i, i + dim // 2, -math.sin(angle)),
+                (i + dim // 2, i, math.sin(angle)),
+                (i + dim // 2, i + dim // 2, math.cos(angle)),
+            ):
+                mean[row][column] += entry / num_positions
+    return mean
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.01])
+@pytest.mark.parametrize("covariance", [True, False])
+def test_expected_attention_of_a_prompt_in_one_chunk_is_the_published_formula(
+    covariance: bool, epsilon: float
+) -> None:
+    """From what the query projection gave, with rotations as matrices, for each token by itself."""
+    model, prompt, seen = toy_model(dtype=torch.float64), toy_prompt(40), {}
+    attention = model.model.layers[1].self_attn
+    attention.q_proj.register_forward_hook(lambda *call: seen.setdefault("queries", call[2][0]))
+    policy = ExpectedAttention(covariance=covariance, epsilon=epsilon)
+    score = policy.score
+
+    def listening(view: LayerView) -> Tensor:
+        scores = score(view)
+        if view.layer == 1:
+            seen.setdefault("view", copied(view))  # eviction moves what is in the cache
+            seen.setdefault("scores", scores)
+        return scores
+
+    policy.score = listening
+    engine = Engine(model, policy, budget_tokens=20, chunk_tokens=40, slots=1)
+    list(engine.generate([prompt], max_new_tokens=1))
+
+    view, queries = seen["view"], seen["queries"].view(40, 4, 16)
+    turn = torch.tensor(mean_rotation(40, 512, 16), dtype=torch.float64)
+    for k in range(2):
+        shares: dict[int, list[float]] = {j: [] for j in range(4, 40)}
+        for h in (2 * k, 2 * k + 1):
+            counted = queries[4:, h]  # the first four are attention sinks
+            mean = sum(counted) / 36
+            spread = sum(torch.outer(q - mean, q - mean) for q in counted) / 36
+            exponentials = []
+            for j in shares:
+                key = view.stored_keys[0, k, j]
+                logit = (turn @ mean) @ key / math.sqrt(16)
+                if covariance:
+                    logit += key @ (turn @ spread @ turn.T) @ key / (2 * 16)
+                exponentials.append(math.exp(logit))
+            for j, x in zip(shares, exponentials, strict=True):
+                shares[j].append(x / sum(exponentials))
+        for j, (one, other) in shares.items():
+            norm = math.hypot(*view.stored_values[0, k, j])
+            wanted = ((one + other) / 2 + epsilon) * norm
+            assert float(seen["scores"][0, k, j]) == pytest.approx(wanted, rel=1e-4, abs=1e-12)
+
+
+def test_expected_attention_weighs_first_tokens_beside_the_others() -> None:
+    """Unprotected ones have a score as well, and take nothing from the shares of the others."""
+    policy = ExpectedAttention(skip=2, covariance=False)
+    logits = torch.tensor([3.0, 200.0, 1.0, 2.0, 0.5])
+    view = LayerView(
+        layer=0,
+        stored_keys=logits[None, None, :, None],
+        stored_values=torch.ones(1, 1, 5, 1),
+        positions=torch.tensor([1, 0, 4, 9, 2])[None, None],
+        future_queries=FutureQueries(mean=torch.ones(1, 1, 1), covariance=None),
+    )
+    scores = policy.score(view)[0, 0]
+    torch.testing.assert_close(scores[2:], logits[2:].softmax(dim=0))
+    torch.testing.assert_close(scores[0], (logits[0] - logits[2:].logsumexp(dim=0)).exp())
+    assert scores.isfinite().all()
+    assert scores[1] > scores[0] > scores[3] > scores[2] > scores[4]

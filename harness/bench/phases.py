@@ -34,6 +34,7 @@ FUNCTIONS: tuple[tuple[str, Any, str], ...] = (  # Any: a module or a class
     ("attention", attention, "attend_with_weights"),
     ("score", attention, "last_query_weights"),
     ("score", ForwardPass, "new_tokens"),
+    ("score", ForwardPass, "future_queries"),
     ("selection", ForwardPass, "protect"),
     ("selection", LayerCache, "evict"),
     ("movement", LayerCache, "append"),

@@ -23,6 +23,7 @@ from kvarena.harness.engine.generation import Generation, KeptTokens
 from kvarena.harness.engine.layer_cache import LayerCache
 from kvarena.harness.engine.output_norms import OUTPUT_NORMS
 from kvarena.harness.engine.packing import Cohort, Portion, pack_cohorts
+from kvarena.harness.engine.query_statistics import QueryStatistics
 from kvarena.harness.engine.ragged_cache import RaggedCache, make_room
 from kvarena.harness.engine.request import Request
 from kvarena.harness.engine.rotary import KeyRotator
@@ -407,7 +408,14 @@ class Batch:
         num_saved_sinks = self.eviction.sinks if policy.needs.rank_positions else 0
         num_queries = policy.needs.attention_rows if policy.needs.rows_over_steps else 0
         own_columns = (OUTPUT_NORMS,) if policy.needs.output_norms else ()
-        side_state = ((*policy.columns, *own_columns), num_saved_sinks, num_queries)
+        statistics = None
+        if policy.needs.future_queries:
+            statistics = QueryStatistics(
+                num_slots,
+                policy.needs.skipped_queries,
+                with_covariance=policy.needs.future_covariance,
+            )
+        side_state = ((*policy.columns, *own_columns), num_saved_sinks, num_queries, statistics)
         if not self._codec.codes and kv_dtype in (None, self.model.dtype):
             return LayerCache(num_slots, places, *side_state)
         return CodedCache(

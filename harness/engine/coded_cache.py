@@ -25,6 +25,7 @@ from kvarena.harness.engine.attention import AttentionSpec
 from kvarena.harness.engine.coded_blocks import Segment, alike
 from kvarena.harness.engine.layer_cache import LayerCache, total_order
 from kvarena.harness.engine.probe_queries import ProbeStore
+from kvarena.harness.engine.query_statistics import QueryStatistics
 
 # Share of a block's rows alive. 1024 tokens of SmolLM2 under KeyDiff and 4-bit KIVI take 13.5 MB
 # with 0.5, 11.6 MB in a seventh more time with 0.9, 11.4 MB with 1.
@@ -74,8 +75,11 @@ class CodedCache(LayerCache):
         column_names: Sequence[str] = (),
         num_saved_sinks: int = 0,
         num_queries: int = 0,
+        statistics: QueryStatistics | None = None,
     ) -> None:
-        super().__init__(num_slots, capacity_tokens, column_names, num_saved_sinks, num_queries)
+        super().__init__(
+            num_slots, capacity_tokens, column_names, num_saved_sinks, num_queries, statistics
+        )
         self.codec = codec
         self._exact_dtype = exact_dtype
         self._dtype: torch.dtype  # the model's own, known with the first tokens

@@ -97,7 +97,8 @@ class Engine:
         self.slots = slots
         self.attention = attention
         self.graphs = graphs
-        needs_rotator = policy.needs.rank_positions or policy.needs.new_tokens
+        needs = policy.needs
+        needs_rotator = needs.rank_positions or needs.new_tokens or needs.future_queries
         self._rotator = KeyRotator(model) if needs_rotator else None
 
     def generate(

@@ -11,6 +11,7 @@ import inspect
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,14 @@ from kvarena.harness.engine.packing import Cohort
 from kvarena.harness.engine.ragged_cache import RaggedCache
 from kvarena.harness.engine.rotary import KeyRotator
 from kvarena.harness.errors import PolicyError, UsageError
-from kvarena.policies.base import TOKEN_SCORE, LayerView, NewTokens, OptionError, Policy
+from kvarena.policies.base import (
+    TOKEN_SCORE,
+    FutureQueries,
+    LayerView,
+    NewTokens,
+    OptionError,
+    Policy,
+)
 
 ATTENTION_NAME = "kvarena"
 
@@ -91,7 +99,11 @@ class ForwardPass:
             columns[TOKEN_SCORE] = cohort.token_scores[:, index]
         if self.eviction.policy.needs.output_norms:
             columns[OUTPUT_NORMS] = output_norms(module, value, query.shape[1])
-        cache.append(cohort.slots, key, value, cohort.positions, query, columns)
+        projected = None
+        if self.eviction.policy.needs.future_queries:
+            assert self.rotator is not None
+            projected = self.rotator.unrotate(module, query, cohort.positions)
+        cache.append(cohort.slots, key, value, cohort.positions, query, columns, projected)
         budget_tokens = self._budget_if_over(cohort, index)
         new = None
         if self.eviction.policy.needs.new_tokens and self._is_scored(budget_tokens):
@@ -190,6 +202,7 @@ class ForwardPass:
             attention_mass=mass,
             new=new,
             output_norms=columns.pop(OUTPUT_NORMS, None),
+            future_queries=self.future_queries(cohort, part, module, spec),
             columns=columns,
             text_tokens=cohort.text_tokens,
             num_recent=0 if budget_tokens is None else self.eviction.num_recent(budget_tokens),
@@ -269,6 +282,23 @@ class ForwardPass:
             keys=self.rotator.unrotate(module, key, cohort.positions),
             values=value,
         )
+
+    def future_queries(
+        self, cohort: Cohort, part: Part, module: nn.Module, spec: AttentionSpec
+    ) -> FutureQueries | None:
+        """What these heads are to expect at the next positions, if the policy asks for it."""
+        num_next = self.eviction.policy.needs.future_queries
+        if not num_next:
+            return None
+        assert self.rotator is not None
+        assert part.cache.statistics is not None, "asked for when the cache was made"
+        mean, covariance = part.cache.statistics.of(part.slots)
+        turn = partial(
+            self.rotator.turn_to_next, module, positions=cohort.positions, num_next=num_next
+        )
+        if covariance is not None:  # R C R', as C is symmetric: turn its rows, then its columns
+            covariance = turn(turn(covariance).transpose(-1, -2)) * spec.scaling**2
+        return FutureQueries(mean=turn(mean).squeeze(2) * spec.scaling, covariance=covariance)
 
     def move_sinks(self, cohort: Cohort, part: Part, module: nn.Module, keys: Tensor) -> None:
         """Rotate the sink keys to sit right before the other kept tokens.

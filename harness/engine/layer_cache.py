@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvarena.harness.engine.attention import AttentionSpec
+from kvarena.harness.engine.query_statistics import QueryStatistics
 from kvarena.harness.engine.recent_queries import RecentQueries
 
 _POSITION_BITS = 32
@@ -42,7 +43,8 @@ class LayerCache:
     keys, values: [num_slots, K, capacity, D]; positions: [num_slots, K, capacity] int32;
     columns: one float32 [num_slots, K, capacity] per name; sink_keys: [num_slots, K, num_saved, D],
     the keys of the first tokens as they were written, for policies that re-rotate them; queries:
-    the last ones, for policies that look back over steps, or None.
+    the last ones, for policies that look back over steps, or None; statistics: of all of them, for
+    policies that expect later ones, or None.
     """
 
     def __init__(
@@ -52,11 +54,13 @@ class LayerCache:
         column_names: Sequence[str] = (),
         num_saved_sinks: int = 0,
         num_queries: int = 0,
+        statistics: QueryStatistics | None = None,
     ) -> None:
         self.num_slots = num_slots
         self.capacity_tokens = capacity_tokens
         self.num_saved_sinks = num_saved_sinks
         self.queries = RecentQueries(num_slots, num_queries) if num_queries else None
+        self.statistics = statistics
         self.counts: list[list[int]] = [[] for _ in range(num_slots)]
         self._in_pass: list[int] = [0] * num_slots  # tokens of a head before the last eviction
         self._column_names = tuple(column_names)
@@ -111,6 +115,8 @@ class LayerCache:
         self.counts[slot] = [0] * len(self.counts[slot])
         if self.queries is not None:
             self.queries.clear(slot)
+        if self.statistics is not None:
+            self.statistics.clear(slot)
 
     def copy_slot(self, source: int, target: int, origin: "LayerCache | None" = None) -> None:
         """Have slot ``target`` hold what ``source`` holds, in places of its own.
@@ -141,11 +147,13 @@ class LayerCache:
         positions: Tensor,
         queries: Tensor | None = None,
         columns: Mapping[str, Tensor] | None = None,
+        projected: Tensor | None = None,
     ) -> None:
         """Write Q new tokens per slot behind those it holds.
 
         keys, values: [S, K, Q, D]; positions: [S, Q] in the original text; queries: [S, H, Q, D]
-        post-RoPE, if a pass brought the tokens; columns: [S, K, Q] where tokens do not start at 0.
+        post-RoPE, if a pass brought the tokens; columns: [S, K, Q] where tokens do not start at 0;
+        projected: the queries before rotary positions, for statistics.
         """
         if not self._buffers:
             self._allocate(keys, values)
@@ -158,6 +166,8 @@ class LayerCache:
             column[:, :, start:] = 0 if columns is None or name not in columns else columns[name]
         if self.queries is not None and queries is not None:
             self.queries.observe(slots, queries, positions)
+        if self.statistics is not None and projected is not None:
+            self.statistics.observe(slots, projected, positions)
         if start < self.num_saved_sinks:
             saved_end = min(end, self.num_saved_sinks)
             self.sink_keys[slots, :, start:saved_end] = keys[:, :, : saved_end - start]
@@ -288,6 +298,7 @@ class LayerCache:
     def allocated_bytes(self) -> int:
         """Bytes of all buffers of this layer, all slots."""
         queries = 0 if self.queries is None else self.queries.nbytes
+        queries += 0 if self.statistics is None else self.statistics.nbytes
         return queries + sum(buffer.nbytes for buffer in self._buffers.values())
 
     def bytes_in_pass(self, slot: int) -> int:
@@ -313,9 +324,10 @@ class LayerCache:
 
     @property
     def _saved_bytes(self) -> int:
-        """What a slot holds besides its tokens: first keys and last queries."""
+        """What a slot holds besides its tokens: first keys, last queries, statistics of all."""
+        statistics = 0 if self.statistics is None else self.statistics.slot_nbytes
         sinks = self.sink_keys.nbytes // self.num_slots if self.num_saved_sinks else 0
-        return sinks + (0 if self.queries is None else self.queries.slot_nbytes)
+        return sinks + statistics + (0 if self.queries is None else self.queries.slot_nbytes)
 
 
 def head_slice(kv_heads: slice, group: int) -> slice:

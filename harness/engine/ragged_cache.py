@@ -47,8 +47,12 @@ class RaggedCache:
         positions: Tensor,
         queries: Tensor | None = None,
         columns: Mapping[str, Tensor] | None = None,
+        projected: Tensor | None = None,
     ) -> None:
-        """keys, values [S, K, Q, D]; positions [S, Q]; queries [S, H, Q, D]; columns [S, K, Q]."""
+        """keys, values [S, K, Q, D]; positions [S, Q]; columns [S, K, Q]; queries and projected
+
+        [S, H, Q, D].
+        """
         for row, slot in enumerate(range(slots.start, slots.stop)):
             if not self._heads[slot]:
                 self._heads[slot] = [self._new_head() for _ in range(keys.shape[1])]
@@ -63,6 +67,7 @@ class RaggedCache:
                     positions[one],
                     None if queries is None else queries[one, group],
                     {name: column[one, own] for name, column in (columns or {}).items()},
+                    None if projected is None else projected[one, group],
                 )
 
     def copy_slot(self, source: int, target: int) -> None:

@@ -38,6 +38,7 @@ POLICY_STYLES: Mapping[str, PolicyStyle] = MappingProxyType(
         "corm": PolicyStyle("#AA4499", "v"),
         "curdkv": PolicyStyle("#999933", "s"),
         "critical": PolicyStyle("#DDCC77", "s"),
+        "expected_attention": PolicyStyle("#661100", "v"),
         "lagkv": PolicyStyle("#44AA99", "D"),
         "nacl": PolicyStyle("#117733", "<"),
         "r_kv": PolicyStyle("#CC6677", "D"),

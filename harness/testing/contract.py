@@ -240,6 +240,8 @@ def _memory(trial: Trial) -> str:
     sinks = policy.sinks * HEAD_DIM * 8 if policy.needs.rank_positions else 0
     rows = policy.needs.attention_rows if policy.needs.rows_over_steps else 0
     queries = rows * (HEADS * HEAD_DIM * 8 + 4)  # and their positions
+    if policy.needs.future_queries:  # mean and covariance, and of how many
+        queries += HEADS * HEAD_DIM * 8 * (1 + policy.needs.future_covariance * HEAD_DIM) + 8
     places = trial.budget_tokens + CHUNK_TOKENS
     limit = len(batch.layers) * (KV_HEADS * (places * per_token + sinks) + queries)
     if batch.kv_bytes_allocated > limit or generation.kept_tokens > trial.budget_tokens:
