@@ -13,7 +13,7 @@ from kvarena.harness.registry import build, choices, load_choice
 from kvarena.harness.testing.oracle import replay_difference
 from kvarena.policies.base import LayerView
 from kvarena.policies.keydiff import KeyDiff
-from toys import finished, toy_model, toy_prompt
+from toys import toy_model, toy_prompt
 
 BUDGET, CHUNK, NEW_TOKENS = 64, 24, 20
 POLICIES = choices("policy")
@@ -71,7 +71,8 @@ def assert_same(one: Generation, other: Generation) -> None:
     assert one.token_ids == other.token_ids
     assert (one.prompt_tokens, one.kept_tokens) == (other.prompt_tokens, other.kept_tokens)
     assert (one.kv_bytes_kept, one.kv_bytes_peak) == (other.kv_bytes_kept, other.kv_bytes_peak)
-    assert one.kept_history and other.kept_history
+    assert one.kept_history
+    assert other.kept_history
     for mine, theirs in zip(one.kept_history, other.kept_history, strict=True):
         for layer, other_layer in zip(mine.positions, theirs.positions, strict=True):
             assert all(map(torch.equal, layer, other_layer))
@@ -173,7 +174,8 @@ def test_scores_that_are_no_numbers_in_a_context_end_all_its_questions() -> None
     requests = [one for one in asked() if one.context == "b"]
     for one in engine.generate(requests):
         assert one.finish_reason == "invalid"
-        assert one.error and "Broken" in one.error
+        assert one.error
+        assert "Broken" in one.error
 
 
 # ---- dialogues ----
@@ -230,7 +232,7 @@ def test_a_dialogue_with_the_full_cache_answers_as_to_its_whole_text() -> None:
 
 def test_a_stop_token_is_not_part_of_the_next_turn_s_text() -> None:
     engine = engine_for("full", budget_tokens=None)
-    plain, _, second, *_ = generate(engine, dialogue())
+    plain, *_ = generate(engine, dialogue())
     stop = plain.token_ids[4]
     first = replace(dialogue()[0], stop_token_ids={stop})
     done = list(engine.generate([first, replace(dialogue()[2], continues=0)]))
@@ -258,7 +260,8 @@ def test_an_invalid_turn_ends_the_dialogue() -> None:
         model.lm_head.weight.fill_(float("nan"))
     first, second = engine.generate([dialogue()[0], replace(dialogue()[2], continues=0)])
     assert first.finish_reason == second.finish_reason == "invalid"
-    assert second.error and "earlier turn" in second.error
+    assert second.error
+    assert "earlier turn" in second.error
 
 
 # ---- what is refused ----

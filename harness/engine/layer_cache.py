@@ -134,6 +134,9 @@ class LayerCache:
         if self.queries is not None:
             assert origin.queries is not None, "stores of one layer remember alike"
             self.queries.copy_slot(source, target, origin.queries)
+        if self.statistics is not None:
+            assert origin.statistics is not None, "stores of one layer observe alike"
+            self.statistics.copy_slot(source, target, origin.statistics)
 
     def _num_filled(self, name: str, slot: int) -> int:
         """How many entries of a buffer count for a slot."""

@@ -31,6 +31,16 @@ class QueryStatistics:
         for buffer in self._buffers:
             buffer[slot] = 0
 
+    def copy_slot(self, source: int, target: int, origin: "QueryStatistics") -> None:
+        """Know of ``target`` what ``origin`` knows of ``source``."""
+        if not self._buffers:
+            shapes = [(self._num_slots, *one.shape[1:]) for one in origin._buffers]
+            self._buffers = [
+                one.new_zeros(shape) for one, shape in zip(origin._buffers, shapes, strict=True)
+            ]
+        for own, other in zip(self._buffers, origin._buffers, strict=True):
+            own[target] = other[source]
+
     def observe(self, slots: slice, queries: Tensor, positions: Tensor) -> None:
         """Take this pass's queries [S, H, Q, D], before rotary positions, at ``positions`` [S, Q].
 
