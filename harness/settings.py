@@ -34,6 +34,9 @@ class CellSettings:
     budget: Any = 512
     # inside the compressed prompt | after: the context is compressed alone | first: before it too
     question: str = "inside"
+    # of a context with several questions: independent: each after the context alone | dialogue:
+    # each after the questions and answers before it
+    turns: str = "independent"
     protect: str = "paper"  # paper: as the policy has it | none | 4+64: first and newest tokens
     evict_every: int = 1  # answer tokens between two evictions of a sample
     limit: int | None = field(default=None, metadata=_SAME_ROWS)  # first so many samples; None: all

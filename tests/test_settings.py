@@ -24,6 +24,7 @@ OTHERS = {
     "question": "after",
     "protect": "4+8",
     "evict_every": "4",
+    "turns": "independent",
     "limit": "1",
     "shard": "1/1",
     "seed": "3",

@@ -55,7 +55,10 @@ class Cell:
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be >= 1, got {value}")
         one_of("question", self.settings.question, ["inside", "after", "first"])
+        one_of("turns", self.settings.turns, ["independent", "dialogue"])
         task = self._unsettled_task
+        if self.is_dialogue:
+            self._check_dialogue(task)
         if task.is_teacher_forced and not self.settings.sampling.is_greedy:
             raise UsageError(f"{task.name} forces its answers; leave out sampling.temperature")
         if self.bound.is_full and not isinstance(self.shape, Uniform):
@@ -66,6 +69,22 @@ class Cell:
         check_attention(self.settings.attention, self.settings.device, self.torch_dtype)
         for name in ("codec", "model", "shard"):
             getattr(self, name)  # made now, so that what is wrong with it is told now
+
+    def _check_dialogue(self, task: Task) -> None:
+        advice = "use turns=independent"
+        if task.is_teacher_forced:
+            raise UsageError(f"turns=dialogue: {task.name} forces its answers; {advice}")
+        if self.policy.needs.token_scores == "answer":
+            raise UsageError(
+                f"turns=dialogue: {self.policy_label} must know each answer beforehand; {advice}"
+            )
+        if self.bound.bytes is not None:
+            raise UsageError(f"turns=dialogue needs a budget in tokens, not in bytes, or {advice}")
+
+    @property
+    def is_dialogue(self) -> bool:
+        """Whether later questions come after the answers to earlier ones of their context."""
+        return self.settings.turns == "dialogue"
 
     def _chosen(self, group: str) -> Mapping[str, Any]:
         chosen = getattr(self.settings, group)
@@ -294,10 +313,31 @@ class Cell:
                     f"question={self.settings.question}: task {self.task.name} has no context "
                     "apart from its question; use question=inside"
                 )
-            eviction.check(self.budget_tokens(sample), self.question_tokens(sample))
+            eviction.check(self.budget_tokens(sample), self.room_tokens(sample))
         if samples:
             self._check_context(max(samples, key=total_tokens))
+        for turns in self.dialogues(samples).values():
+            self._check_context(turns[0], dialogue_tokens(turns) - turns[-1].max_new_tokens)
         return samples
+
+    def dialogues(self, samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+        """By context, the turns of each dialogue in their order; none under turns=independent.
+
+        Raises UsageError for a sample that shares its context with no other.
+        """
+        found: dict[str, list[Sample]] = {}
+        for sample in samples if self.is_dialogue else ():
+            if sample.context is None:
+                raise UsageError(
+                    f"turns=dialogue: task {self.task.name} asks one question of each context; "
+                    "use turns=independent"
+                )
+            found.setdefault(sample.context.id, []).append(sample)
+        return {name: sorted(own, key=_turn) for name, own in found.items()}
+
+    def shares_contexts(self, sample: Sample) -> bool:
+        """Whether its context is compressed apart from the question, once for all who ask of it."""
+        return self.settings.question == "after" and sample.context is not None
 
     def engine(
         self,
@@ -329,21 +369,46 @@ class Cell:
 
     def budget_tokens(self, sample: Sample) -> int | None:
         """Of one sample; None without a bound, or for one in bytes (byte_budget.py settles it)."""
-        return self.bound.for_prompt(len(sample.prompt_token_ids))
+        return self.bound.for_prompt(longest_prompt_tokens(sample))
+
+    def room_tokens(self, sample: Sample) -> int:
+        """What its context leaves room for: the longest question that is asked of it."""
+        own = self.question_tokens(sample)
+        return own if not own or sample.context is None else sample.context.longest_question_tokens
 
     def question_tokens(self, sample: Sample) -> int:
         """Tokens held back from compression under question=after, else none."""
         return sample.question_tokens if self.settings.question == "after" else 0
 
-    def _check_context(self, longest: Sample) -> None:
+    def _check_context(self, longest: Sample, prompt_tokens: int | None = None) -> None:
+        """prompt_tokens: all that comes before its answer, if that is more than its prompt."""
         limit_tokens = self.context_tokens
         check_context(
             f"sample {longest.id}",
-            len(longest.prompt_token_ids),
+            prompt_tokens or len(longest.prompt_token_ids),
             longest.max_new_tokens,
             limit_tokens,
             "" if limit_tokens is None else self.task.advice(longest, limit_tokens),
         )
+
+
+def longest_prompt_tokens(sample: Sample) -> int:
+    """Of all questions that are asked of its context, which share one budget."""
+    if sample.context is None:
+        return len(sample.prompt_token_ids)
+    return sample.context.longest_prompt_tokens
+
+
+def dialogue_tokens(turns: Sequence[Sample]) -> int:
+    """Most tokens that a dialogue can take, all its prompts and answers."""
+    follow_ups = sum(len(turn.follow_up_token_ids) for turn in turns[1:])
+    answers = sum(turn.max_new_tokens for turn in turns)
+    return len(turns[0].prompt_token_ids) + follow_ups + answers
+
+
+def _turn(sample: Sample) -> int:
+    assert sample.context is not None, "checked"
+    return sample.context.turn
 
 
 def total_tokens(sample: Sample) -> int:

@@ -137,7 +137,7 @@ def forced_answers(
             measures = compare(logits, generation.logits.cpu(), generation.token_ids)
             if task.attention_recall:
                 assert generation.kept_history is not None, "recorded for recall"
-                request = replace(forced[generation.index], budget_tokens=None, question_tokens=0)
+                request = _without_bound(forced[generation.index])
                 probe = RecallProbe(len(request.prompt), generation.kept_history)
                 next(_exact(cell, model, probe, slots=1).generate([request], on_pass=advance))
                 measures["attention_recall"] = float(probe.shares.mean())
@@ -147,8 +147,13 @@ def forced_answers(
 
 def _by_full_cache(request: Request, given: list[int] | None) -> Request:
     """The same prompt without a bound, and with the answer that the task gives, if it does."""
-    asked = replace(request, budget_tokens=None, question_tokens=0)
+    asked = _without_bound(request)
     return asked if given is None else replace(asked, max_new_tokens=None, forced=given)
+
+
+def _without_bound(request: Request) -> Request:
+    """The same prompt as the full cache reads it, in one piece and for this request alone."""
+    return replace(request, budget_tokens=None, question_tokens=0, room_tokens=0, context=None)
 
 
 def _exact(

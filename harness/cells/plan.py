@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarena.harness.cells.cell import Cell
+from kvarena.harness.cells.cell import Cell, dialogue_tokens, longest_prompt_tokens
 from kvarena.harness.engine.eviction import Eviction
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import read_json
@@ -20,7 +20,7 @@ from kvarena.tasks.base import Sample
 # A place for reading only, or a full one, keeps nobody from planning.
 _NOT_NOTED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
-_TIMED = ("prompt_tokens", "generated_tokens", "ttft_sec", "slots")
+_TIMED = ("prefill_tokens_computed", "generated_tokens", "ttft_sec", "slots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,8 @@ def plan_cell(cell: Cell, results_dir: Path) -> Plan:
     left = [sample for sample in samples if sample.id not in done]
     if not (folder.path / "manifest.json").exists():
         folder.refuse_drift()
-    lengths = [_num_tokens(sample) for sample in samples]
+    prompts = _prompt_tokens(cell, samples)
+    lengths = [prompts[sample.id] + sample.max_new_tokens for sample in samples]
     bounds = [cell.budget_tokens(sample) for sample in samples]
     held = [
         total if bound is None else min(total, bound + max(cell.settings.chunk, cell.evict_every))
@@ -79,7 +80,7 @@ def plan_cell(cell: Cell, results_dir: Path) -> Plan:
     ]
     item_bytes = (cell.torch_kv_dtype or cell.torch_dtype).itemsize
     per_token = bytes_per_token(loading.load_config(cell.model), item_bytes)
-    num_tokens = sum(_num_tokens(sample) for sample in left)
+    num_tokens = _tokens_to_compute(cell, left, prompts)
     rate = _tokens_per_sec(results_dir, cell)
     return Plan(
         path=folder.path,
@@ -89,7 +90,7 @@ def plan_cell(cell: Cell, results_dir: Path) -> Plan:
         num_samples=len(samples),
         num_done=len(samples) - len(left),
         num_tokens=num_tokens,
-        num_binding=_num_binding(cell, samples, folder.path),
+        num_binding=_num_binding(cell, samples, prompts, folder.path),
         evicts=cell.policy.evicts and not cell.bound.is_full,
         longest_tokens=max(lengths, default=0),
         kv_bytes_full=per_token * max(lengths, default=0),
@@ -99,19 +100,43 @@ def plan_cell(cell: Cell, results_dir: Path) -> Plan:
     )
 
 
-def _num_tokens(sample: Sample) -> int:
-    """Of the prompt and the longest answer."""
-    return len(sample.prompt_token_ids) + sample.max_new_tokens
+def _prompt_tokens(cell: Cell, samples: Sequence[Sample]) -> dict[str, int]:
+    """By sample, how many tokens come before its answer: earlier turns and their answers too."""
+    prompts = {sample.id: len(sample.prompt_token_ids) for sample in samples}
+    for turns in cell.dialogues(samples).values():
+        for turn, sample in enumerate(turns):
+            prompts[sample.id] = dialogue_tokens(turns[: turn + 1]) - sample.max_new_tokens
+    return prompts
 
 
-def _num_binding(cell: Cell, samples: Sequence[Sample], folder: Path) -> int | None:
+def _tokens_to_compute(cell: Cell, left: Sequence[Sample], prompts: Mapping[str, int]) -> int:
+    """Prompts and longest answers, what is shared once."""
+    total = sum(prompts[sample.id] + sample.max_new_tokens for sample in left)
+    by_context: dict[str, list[Sample]] = {}
+    for sample in left:
+        if sample.context is not None and (cell.is_dialogue or cell.shares_contexts(sample)):
+            by_context.setdefault(sample.context.id, []).append(sample)
+    for asked in by_context.values():
+        if cell.is_dialogue:  # the last turn has all of it
+            whole = [prompts[sample.id] + sample.max_new_tokens for sample in asked]
+            total -= sum(whole) - max(whole)
+        else:
+            context_tokens = len(asked[0].prompt_token_ids) - asked[0].question_tokens
+            total -= context_tokens * (len(asked) - 1)
+    return total
+
+
+def _num_binding(
+    cell: Cell, samples: Sequence[Sample], prompts: Mapping[str, int], folder: Path
+) -> int | None:
     """Samples that may have to evict; None as long as nobody knows.
 
-    Question and context together stay in the budget, so question=after changes nothing here.
+    Question and context together stay in the budget, so question=after changes nothing here but
+    for a context with a question that is longer.
     """
     if not cell.policy.evicts:
         return 0
-    bounds = [cell.bound.for_prompt(len(sample.prompt_token_ids)) for sample in samples]
+    bounds = [cell.budget_tokens(sample) for sample in samples]
     if cell.bound.bytes is not None:
         fit = read_json(folder / "fit.json") if (folder / "fit.json").exists() else None
         settled = fit.get("budget_tokens") if isinstance(fit, dict) else None
@@ -120,16 +145,22 @@ def _num_binding(cell: Cell, samples: Sequence[Sample], folder: Path) -> int | N
         bounds = [settled for _ in samples]
     eviction = cell.eviction(cell.num_layers)
     return sum(
-        bound is not None and _binds(eviction, sample, bound)
+        bound is not None
+        and _binds(
+            eviction,
+            max(prompts[sample.id], longest_prompt_tokens(sample)),
+            sample.max_new_tokens,
+            bound,
+        )
         for sample, bound in zip(samples, bounds, strict=True)
     )
 
 
-def _binds(eviction: Eviction, sample: Sample, budget_tokens: int) -> bool:
+def _binds(eviction: Eviction, prompt_tokens: int, answer_tokens: int, budget_tokens: int) -> bool:
     """Whether some layer may have to evict while it reads the prompt, or while it answers."""
     least = eviction.least_tokens(budget_tokens)
-    num_fed = _num_tokens(sample) - 1  # the last new token is chosen but never fed
-    return len(sample.prompt_token_ids) > least or num_fed >= least + eviction.every
+    num_fed = prompt_tokens + answer_tokens - 1  # the last new token is chosen but never fed
+    return prompt_tokens > least or num_fed >= least + eviction.every
 
 
 def _note(folder: CellFolder, num_samples: int) -> str:
@@ -160,7 +191,7 @@ def _tokens_per_sec(results_dir: Path, cell: Cell) -> float | None:
                 continue
             if any(row.get(name) is None for name in _TIMED):  # edited, or of another version
                 continue
-            num_tokens += row["prompt_tokens"] + row["generated_tokens"]
+            num_tokens += row["prefill_tokens_computed"] + row["generated_tokens"]
             rate = row.get("decode_tokens_per_sec")
             decode_sec = (row["generated_tokens"] - 1) / rate if rate else 0.0
             busy_sec += (row["ttft_sec"] + decode_sec) / row["slots"]

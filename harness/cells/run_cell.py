@@ -75,6 +75,7 @@ def run_cell(cell: Cell, results_dir: Path, *, repair: bool = False, wait: bool 
                 tokenizer=tokenizer,
                 fit=fit_cell(cell, model, tokenizer, folder.path) if in_bytes else None,
                 cache_dir=results_dir / "cache",
+                dialogues=cell.dialogues(all_samples),
             )
             for row in _rows_whatever_happens(job, missing, folder.path):
                 folder.append(row)

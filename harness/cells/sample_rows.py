@@ -1,7 +1,7 @@
 """Rows of a cell's samples as the engine ends them: generated and scored, or forced."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ Planned = tuple[Sample, Allowance]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A cell with what it needs to run; fit: of a budget in bytes; cache_dir: what cells share."""
+    """A cell with what it needs to run.
+
+    fit: of a budget in bytes; cache_dir: what cells share; dialogues: all turns, by context.
+    """
 
     cell: Cell
     model: PreTrainedModel
     tokenizer: Tokenizer
     fit: Fit | None
     cache_dir: Path
+    dialogues: Mapping[str, Sequence[Sample]] = field(default_factory=dict)
 
     def rows(self, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
         """One finished row per sample, as they end; stops at the first that fails.
@@ -66,15 +70,47 @@ class Job:
         stops = set(stop_tokens(self.model))
         if sample.stop_newline:
             stops.add(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
+        context = None
+        if self.cell.shares_contexts(sample):
+            assert sample.context is not None, "asked just now"
+            # Where bytes settle the budget, questions of one context may end up with two.
+            context = f"{sample.context.id} in {allowed.budget_tokens} tokens"
         return Request(
             prompt=sample.prompt_token_ids,
             max_new_tokens=sample.max_new_tokens,
             budget_tokens=allowed.budget_tokens,
             question_tokens=self.cell.question_tokens(sample),
+            room_tokens=self.cell.room_tokens(sample),
+            context=context,
             seed=int(content_id(self.cell.settings.seed, sample.id), 16) >> 1,
             stop_token_ids=stops,
             min_new_tokens=int(sample.stop_newline),
         )
+
+    def requests(
+        self, planned: Sequence[Planned]
+    ) -> tuple[list[Request], Sequence[Planned | None]]:
+        """All that the engine is asked, and whose row each answer becomes.
+
+        A dialogue starts from its first turn; None for turns that are not planned, having rows.
+        """
+        if not self.dialogues:
+            return [self.request(sample, allowed) for sample, allowed in planned], planned
+        by_id = {sample.id: (sample, allowed) for sample, allowed in planned}
+        requests: list[Request] = []
+        answers: list[Planned | None] = []
+        for turns in self.dialogues.values():
+            wanted = [turn for turn, sample in enumerate(turns) if sample.id in by_id]
+            if not wanted:
+                continue
+            _, allowed = by_id[turns[wanted[0]].id]
+            for turn, sample in enumerate(turns[: wanted[-1] + 1]):
+                request = self.request(sample, allowed)
+                if turn:
+                    request = _next_turn(request, sample, len(requests) - 1)
+                requests.append(request)
+                answers.append(by_id.get(sample.id))
+        return requests, answers
 
     def _rows_once(self, planned: Sequence[Planned]) -> Iterator[dict[str, Any]]:
         # A codec becomes coarser by one setting each time, for all samples that are left.
@@ -90,16 +126,32 @@ class Job:
         return tighter(self.cell, allowed, row["kv_bytes_kept"])
 
 
+def _next_turn(request: Request, sample: Sample, before: int) -> Request:
+    """The request as it follows the answer to the one with the index ``before``."""
+    return replace(
+        request,
+        prompt=sample.follow_up_token_ids,
+        continues=before,
+        budget_tokens=None,
+        context=None,
+        question_tokens=0,
+        room_tokens=0,
+    )
+
+
 def _answer_rows(job: Job, planned: Sequence[Planned]) -> Iterator[dict[str, Any]]:
     cell = job.cell
     engine = cell.engine(job.model, planned[0][1].codec)
-    requests = [job.request(sample, allowed) for sample, allowed in planned]
+    requests, answers = job.requests(planned)
     total_tokens = sum(len(request.prompt) + request.answer_tokens for request in requests)
     with TokenProgress(cell.label, total_tokens) as progress:
         for generation in engine.generate(
             requests, sampling=cell.settings.sampling, as_completed=True, on_pass=progress.advance
         ):
-            sample, allowed = planned[generation.index]
+            answer = answers[generation.index]
+            if answer is None:
+                continue
+            sample, allowed = answer
             row = _row(job, sample, allowed, generation, len(planned))
             if row["status"] == "ok":
                 finished = generation.finish_reason == "stop"
@@ -157,6 +209,7 @@ def settings_of(cell: Cell, sample: Sample, allowed: Allowance) -> dict[str, Any
         "codec_asked": cell.codec_label(),
         "budget": cell.bound.label,
         "question": cell.settings.question,
+        "turns": cell.settings.turns,
         "chunk": cell.settings.chunk,
         "sampling": cell.settings.sampling.label,
         "dtype": cell.dtype_name,
@@ -167,6 +220,7 @@ def settings_of(cell: Cell, sample: Sample, allowed: Allowance) -> dict[str, Any
         "sample_id": sample.id,
         "document": sample.document or sample.id,
         "part": sample.part,
+        "turn": None if sample.context is None else sample.context.turn,
         "references": list(sample.references),
         "prompt_tokens": len(sample.prompt_token_ids),
         "budget_tokens": allowed.budget_tokens if cell.policy.evicts else None,
@@ -187,6 +241,7 @@ def _row(
         # Half a surrogate pair, which decoders can give, would break every table after.
         "prediction": text.encode("utf-8", "replace").decode(),
         "prompt_tokens": generation.prompt_tokens,
+        "prefill_tokens_computed": generation.prefill_tokens,
         "generated_tokens": len(generation.token_ids),
         "finish_reason": generation.finish_reason,
         "attention": "+".join(generation.kernels),

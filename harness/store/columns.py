@@ -95,6 +95,14 @@ ROWS = (
         choices=("inside", "after", "first"),
     ),
     Column(
+        "turns",
+        str,
+        "",
+        "whether each question of a context was asked after the context alone, or after the "
+        "questions and answers before it",
+        choices=("independent", "dialogue"),
+    ),
+    Column(
         "sample_id",
         str,
         "name",
@@ -113,6 +121,14 @@ ROWS = (
         "name",
         "the sub-benchmark (LongBench's `qasper`, RULER's `vt-4096`); scores are macro averages "
         "over parts. Empty where there is one only",
+    ),
+    Column(
+        "turn",
+        int,
+        "",
+        "which question about its context this is, 1 being the first; empty where a context has "
+        "one question",
+        low=1,
     ),
     Column(
         "status",
@@ -166,7 +182,21 @@ ROWS = (
         "all of them in one text, for people who read tables. Not stored: worked out when rows "
         "are read",
     ),
-    Column("prompt_tokens", int, "tokens", "length of the prompt, chat template included", low=0),
+    Column(
+        "prompt_tokens",
+        int,
+        "tokens",
+        "length of the prompt, chat template and earlier turns included",
+        low=0,
+    ),
+    Column(
+        "prefill_tokens_computed",
+        int,
+        "tokens",
+        "how many of them were computed for this row: a context that is read once for many "
+        "questions counts with the one that is asked first, earlier turns with theirs",
+        low=0,
+    ),
     Column(
         "generated_tokens", int, "tokens", "length of the answer, the stop token included", low=0
     ),
