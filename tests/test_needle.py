@@ -218,6 +218,95 @@ def test_the_same_needles_with_another_question_are_another_sample(folder):
     assert len(ids) == 3
 
 
+SHARED = {"num_needles": 8, "questions_per_context": 5}
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_questions_about_one_text_ask_for_a_needle_each(folder, template):
+    tokenizer, found = samples(folder, lengths=[400, 900], depths=[25], template=template, **SHARED)
+    contexts = [found[:5], found[5:]]
+    assert [s.meta["length_target"] for s in found] == [400] * 5 + [900] * 5
+    for questions in contexts:
+        text, *others = {s.prompt_token_ids[: -s.question_tokens] for s in questions}
+        assert not others
+        words = [tokenizer.words[i].strip() for i in text]
+        assert [s.context.turn for s in questions] == [1, 2, 3, 4, 5]
+        assert len({s.context.id for s in questions}) == len({s.document for s in questions}) == 1
+        assert len({s.references for s in questions}) == 5
+        for sample in questions:
+            (number,), at = sample.references, sample.meta["needle_token_index"]
+            needle = f"The special magic number for {sample.meta['key']} is: {number}."
+            assert " ".join(words[at : at + 8]) == needle
+            asked = f"\n\nWhat is the special magic number for {sample.meta['key']}? "
+            question = tokenizer.decode(sample.prompt_token_ids[-sample.question_tokens :])
+            assert question.startswith(f"{asked}Answer with the number only.")
+    assert contexts[0][0].document != contexts[1][0].document
+
+
+def test_depths_of_the_needles_asked_for_are_spread_over_the_text(folder):
+    _, found = samples(folder, lengths=[900], depths=[25], **SHARED)
+    wanted = [round(depth, 3) for depth in spread_depths(25, 8, 5)][:5]
+    assert [s.meta["depth_target"] for s in found] == wanted == [25, 37.5, 62.5, 75, 0]
+    for sample in found:
+        assert sample.meta["depth_percent"] == sample.meta["depth_percents"][0]
+        assert sample.meta["depth_percent"] == pytest.approx(sample.meta["depth_target"], abs=1)
+        assert sample.meta["key"] == sample.meta["keys"][0]
+        assert sample.meta["needle_token_index"] == sample.meta["needle_token_indices"][0]
+        assert set(sample.meta["keys"]) == set(found[0].meta["keys"])
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_text_is_as_long_as_its_longest_question_allows(folder, template):
+    _, found = samples(folder, lengths=[301, 2000], template=template, **SHARED)
+    for sample in found:
+        length, longest = sample.meta["length_target"], sample.context.longest_prompt_tokens
+        assert len(sample.prompt_token_ids) <= longest
+        assert length - 8 < longest <= length
+        assert sample.question_tokens <= sample.context.longest_question_tokens
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_question_after_an_answer_is_the_same_question(folder, template):
+    tokenizer, found = samples(folder, lengths=[400], template=template, **SHARED)
+    for sample in found:
+        asked = f"What is the special magic number for {sample.meta['key']}? "
+        asked += "Answer with the number only."
+        follow_up = tokenizer.decode(sample.follow_up_token_ids)
+        assert follow_up.strip() == (template.format(asked) if template else asked)
+        assert template or follow_up.startswith("\n\n")
+
+
+def test_a_limit_counts_texts_with_all_their_questions(folder):
+    task = Needle(haystack=str(folder), lengths=[300, 400], depths=[0, 50], **SHARED)
+    found = task.samples(WordTokenizer(), 0, limit=3)
+    assert [s.context.turn for s in found] == [1, 2, 3, 4, 5] * 3
+    assert found == task.samples(WordTokenizer(), 0)[:15]
+
+
+def test_more_questions_leave_the_first_one_alone(folder):
+    _, alone = samples(folder, lengths=[400], depths=[50], num_needles=8)
+    _, first = samples(folder, lengths=[400], depths=[50], **SHARED)
+    assert alone[0].references == first[0].references
+    assert alone[0].meta["key"] == first[0].meta["key"]
+    assert alone[0].id != first[0].id
+    assert alone[0].context is None
+    assert not alone[0].follow_up_token_ids
+
+
+def test_the_name_tells_which_question_is_asked():
+    assert Needle().name == "needle"
+    assert Needle(num_needles=3, num_asked=2).name == "needle-2of3"
+    assert Needle(num_needles=8).name == "needle-1of8"
+    assert Needle(**SHARED).name == "needle-1of8-5questions"
+
+
+def test_more_questions_than_needles_are_refused_with_what_to_set():
+    with pytest.raises(ValueError, match=r"questions_per_context is 8.*set task.num_needles=8"):
+        Needle(num_needles=3, questions_per_context=8)
+    with pytest.raises(ValueError, match="num_asked must be 1"):
+        Needle(num_needles=8, num_asked=2, questions_per_context=2)
+
+
 @pytest.mark.parametrize(
     ("text", "score"),
     [
@@ -344,6 +433,8 @@ def test_the_length_is_found_in_few_renderings_with_a_misleading_tokenizer(folde
         ({"num_asked": 2}, "from 1 to 1, got 2"),
         ({"num_asked": 4, "num_needles": 3}, "from 1 to 3, got 4"),
         ({"num_asked": 0, "num_needles": 3}, "0"),
+        ({"questions_per_context": 0}, "0"),
+        ({"questions_per_context": 2.0}, "2.0"),
         ({"num_seeds": 0}, "0"),
         ({"num_seeds": 1.0}, "1.0"),
         ({"max_new_tokens": 0}, "0"),

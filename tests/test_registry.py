@@ -271,7 +271,7 @@ def test_a_class_of_another_kind_is_refused() -> None:
 def test_options_are_known_by_their_full_names() -> None:
     found = options()
     assert found["policy.kernel"] == ["critical", "r_kv", "snapkv"]
-    assert set(found["task.lengths"]) == {"needle", "ruler"}
+    assert set(found["task.lengths"]) == {"needle", "ruler", "scbench"}
     assert "policy._target_" not in found
 
 

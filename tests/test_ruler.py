@@ -112,6 +112,59 @@ def test_prompt_and_answer_are_as_long_as_allowed_but_not_longer(folder, task, t
             assert m.sample.meta["length_target"] == length
 
 
+MULTI_KEY = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+@pytest.mark.parametrize("task", MULTI_KEY)
+def test_questions_about_one_text_ask_for_another_key_each(folder, task, template):
+    options = {"questions_per_context": 4, "num_samples": 2, "template": template}
+    found = made(folder, task, **options)
+    assert [m.sample.context.turn for m in found] == [1, 2, 3, 4] * 2
+    for asked in (found[:4], found[4:]):
+        assert len({m.context for m in asked}) == len({m.sample.document for m in asked}) == 1
+        assert len({m.sample.references for m in asked}) == 4
+        for m in asked:
+            kind = "uuid" if task == "niah_multikey_3" else "number"
+            key = re.search(rf"special magic {kind} for (\S+) mentioned", m.question)[1]
+            (value,) = m.sample.references
+            assert NEEDLE.format(kind=f"{kind}s", key=key, value=value) in m.context
+        longest = asked[0].sample.context.longest_prompt_tokens + ANSWER_TOKENS[task]
+        assert LENGTH - UNIT_WORDS.get(task, 8) < longest <= LENGTH
+    assert found[0].sample.document != found[4].sample.document
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_question_after_an_answer_is_the_same_with_the_answer_begun(folder, template):
+    tokenizer = WordTokenizer(chat_template=template)
+    task = Ruler(tasks=MULTI_KEY, lengths=[LENGTH], haystack=folder, questions_per_context=3)
+    for sample in task.samples(tokenizer, 0, limit=3):
+        question = tokenizer.decode(sample.prompt_token_ids[-sample.question_tokens :])
+        begun = tokenizer.decode(sample.follow_up_token_ids)
+        assert begun.split()[2 if template else 0 :][-9:] == question.split()[-9:]
+        assert " ".join(question.split()) in " ".join(begun.split())
+
+
+def test_one_question_to_a_text_is_what_it_was_before_there_could_be_more(folder):
+    found = made(folder, *NIAH_TASKS, num_samples=1)
+    assert content_id([m.sample.id for m in found]) == "8a8bab836995ff6c"
+    assert not any(m.sample.context or m.sample.follow_up_token_ids for m in found)
+
+
+def test_the_name_tells_how_many_questions_a_text_has():
+    assert Ruler().name == "ruler"
+    assert Ruler(tasks=MULTI_KEY, questions_per_context=4).name == "ruler-4questions"
+
+
+@pytest.mark.parametrize(
+    ("task", "most"),
+    [("niah_multikey_1", 4), ("niah_single_1", 1), ("niah_multiquery", 1), ("vt", 1), ("cwe", 1)],
+)
+def test_more_questions_than_a_text_has_are_refused(task, most):
+    with pytest.raises(ValueError, match=f"is 5, but a text of {task} has {most} to ask"):
+        Ruler(tasks=[task], questions_per_context=5)
+
+
 PREFIXES = {
     "vt": r" Answer: According to the chain\(s\) of variable assignment in the text above, "
     r"5 variables are assgined the value \d{5}, they are: ",
@@ -419,6 +472,7 @@ def test_a_length_that_is_too_small_is_refused_with_what_it_takes(folder):
         ({"lengths": [0]}, "0"),
         ({"lengths": ["4k"]}, "'4k'"),
         ({"num_samples": 0}, "0"),
+        ({"questions_per_context": 0}, "0"),
     ],
 )
 def test_a_bad_option_is_named_with_its_value(options, value):

@@ -51,9 +51,13 @@ class WordTokenizer:
 def in_template(
     template: str | None, conversation: list[dict[str, str]], options: dict[str, object]
 ) -> str:
-    """The one user turn, for an answer that follows."""
+    """The turns, for an answer that follows. A later user turn follows the answer before it."""
     assert options == {"tokenize": False, "add_generation_prompt": True}
     assert template is not None
-    (turn,) = conversation
-    assert turn["role"] == "user"
-    return template.format(turn["content"])
+    assert [turn["role"] for turn in conversation] == ["user", "assistant", "user"][
+        -len(conversation) :
+    ]
+    return "".join(
+        template.format(turn["content"]) if turn["role"] == "user" else turn["content"]
+        for turn in conversation
+    )

@@ -93,12 +93,12 @@ class TrainingTexts:
 
     def _questions(self, rng: random.Random, length: int, stretch: Stretch) -> TrainingSample:
         facts = self._facts(rng)
-        prompt = hide_needles(
+        (prompt,) = hide_needles(
             stretch,
             [statement for statement, _ in facts],
             [100 * rng.random() for _ in facts],
             intro=_INTRO,
-            question="\n\n" + facts[0][1],
+            questions=["\n\n" + facts[0][1]],
             length_tokens=length,
         )
         first = prompt.token_ids[-prompt.question_tokens :] if self.question_first else []

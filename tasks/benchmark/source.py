@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvarena.harness.column import Column
 from kvarena.tasks.benchmark.rows import DataFile
 
+READ_FROM = Column("meta_data", str, "", "where the rows were read")
+ROWS_SHA256 = Column("meta_data_sha256", str, "16 digits", "of the file with the rows")
 SAMPLE_FOLDER = Path(__file__).parents[1] / "sample_data"
 ROW_FOLDERS = (".", "data")
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")

