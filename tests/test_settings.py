@@ -24,7 +24,7 @@ OTHERS = {
     "question": "after",
     "protect": "4+8",
     "evict_every": "4",
-    "turns": "independent",
+    "turns": "dialogue",
     "limit": "1",
     "shard": "1/1",
     "seed": "3",
@@ -53,7 +53,8 @@ def folder(tmp_path: Path) -> Path:
 def test_every_setting_that_is_typed_arrives_in_the_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kvarena = Kvarena(monkeypatch, capsys, tmp_path, toy_overrides(tmp_path))
+    two_turns = ["task.questions_per_context=2", "task.num_needles=2"]
+    kvarena = Kvarena(monkeypatch, capsys, tmp_path, [*toy_overrides(tmp_path), *two_turns])
     typed = {setting.name for setting in fields(RunSettings)} - GROUPS - {"sweeps"}
     assert OTHERS.keys() == typed  # sweeps stand in the yaml of an experiment
     arguments = [f"{name}={value}" for name, value in OTHERS.items() if name != "sampling"]
