@@ -21,7 +21,7 @@ from toys import save_random_heads
 
 pytestmark = pytest.mark.slow
 # One of each kind of side state; the fast tests run all on toys.
-EVICTING = ["h2o", "keydiff", "locret", "r_kv", "snapkv", "streaming_llm"]
+EVICTING = ["expected_attention", "h2o", "keydiff", "locret", "r_kv", "snapkv", "streaming_llm"]
 
 
 @pytest.fixture(autouse=True)
