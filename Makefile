@@ -36,6 +36,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #= QA_FILE    task.qa_file="VALUE"      SQuAD or HotpotQA file for the qa tasks of ruler; [both,files]
 #= OF         task.of=VALUE             whose samples fidelity takes: needle, longbench, math500, gsm8k, aime25, ruler, scbench
 #= QUESTION   question=VALUE            inside: compressed with the question in sight; after: the context alone; first: before it too
+#= TURNS      turns=VALUE               of many questions on one context, independent: each after it alone; dialogue: after one another
 #= LIMIT      limit=VALUE               only so many samples of each task
 #= SEED       seed=VALUE                seed of samples and policies
 #= SLOTS      slots=VALUE               samples side by side; answers do not depend on it
