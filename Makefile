@@ -174,6 +174,9 @@ reference-ruler: .venv/.stamp ## RULER's retrieval tasks at 1k and 2k: half an h
 score-protection-shape: .venv/.stamp ## score, protection and shape, one at a time, DATA=folder: two hours
 	$(KVARENA) experiment=score_protection_shape $(call typed,DATA,+task.options.data="VALUE") results_dir=results/score-protection-shape
 	$(MODULE).studies.score_protection_shape results/score-protection-shape
+shared-contexts: .venv/.stamp ## eight questions about one text, in sight, unseen and in a dialogue: an hour
+	$(KVARENA) experiment=shared_contexts results_dir=results/shared-contexts
+	$(MODULE).studies.shared_contexts results/shared-contexts
 equal-bytes: train-locret ## policies, codecs and both in the same bytes of KV cache: an hour
 	$(KVARENA) experiment=equal_bytes,equal_bytes_fidelity results_dir=results/equal-bytes
 	$(MODULE).studies.equal_bytes results/equal-bytes

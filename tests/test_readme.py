@@ -20,11 +20,12 @@ PAGES = [
     *sorted(RESULTS.glob("README.md")),
     *sorted(RESULTS.glob("*/README.md")),
 ]
+OWN_TABLES = ("score-protection-shape", "shared-contexts")  # made by their studies alone
 TABLES = [
     (page, task)
     for page in PAGES
     for task in re.findall(r"<!-- (\S+) table: begin -->", page.read_text())
-    if task != "score-protection-shape"  # its study makes another kind of table
+    if task not in OWN_TABLES
 ]
 
 

@@ -15,17 +15,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kvarena.harness.analysis.intervals import holm, paired_difference
-from kvarena.harness.analysis.row_frame import read_rows, recorded_rows
-from kvarena.harness.entry import folder_parser, one_line_errors
-from kvarena.harness.errors import UsageError
-from kvarena.harness.files import replacing
-from kvarena.harness.report import budget_charts, text_tables
+from kvarena.harness.entry import one_line_errors
+from kvarena.harness.report import budget_charts
 from kvarena.harness.report.policy_styles import policy_style
-from kvarena.harness.store.cell_files import find_cells
-from kvarena.harness.studies.reference import REPOSITORY, between_marks, without_texts
+from kvarena.harness.studies import recorded_study
 
 NAME = "score-protection-shape"
-FOLDER = REPOSITORY / "results" / NAME
+FOLDER = recorded_study.folder_of(NAME)
 FLOOR = "random"
 MARGIN_NATS = 0.05
 CHOICE = ["score_rule", "protect", "shape"]
@@ -35,28 +31,13 @@ MARKERS = {"uniform": "o", "pyramid": "^", "ada": "s", "global": "D"}
 def main() -> None:
     """Write everything, from the cells below the folder that the argument names if there is one."""
     with one_line_errors():
-        folder = folder_parser(__doc__, optional=True).parse_args().folder
-        rows = (
-            recorded_rows(FOLDER / f"{NAME}.csv")
-            if folder is None
-            else read_rows(find_cells(folder))
-        )
-        if rows.empty:
-            raise UsageError(f"{folder} has no rows under runs/; run make {NAME} first")
-        renew(rows)
+        renew(recorded_study.rows_to_record(NAME, __doc__))
 
 
 def renew(rows: pd.DataFrame) -> None:
     """Write rows, summary and picture, and the table of the page beside them."""
     summary = summarise(rows)
-    text_tables.write_csv(without_texts(rows), FOLDER / f"{NAME}.csv")
-    text_tables.write_csv(summary, FOLDER / f"{NAME}-summary.csv")
-    with replacing(FOLDER / f"{NAME}.svg") as path:
-        path.write_bytes(picture(summary))
-    page = FOLDER / "README.md"
-    renewed = between_marks(page.read_text(encoding="utf-8"), NAME, markdown(summary))
-    with replacing(page) as path:
-        path.write_text(renewed)
+    recorded_study.write(NAME, rows, summary, markdown(summary), picture(summary))
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
