@@ -1,6 +1,5 @@
 """A request on its way through a slot."""
 
-from collections import deque
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -95,7 +94,7 @@ class ActiveRequest:
         self.error = self.error or error
         self.first_token_at = self.first_token_at or now_sec
 
-    def goes_on_from(self, before: "ActiveRequest") -> None:
+    def go_on_from(self, before: "ActiveRequest") -> None:
         """Take over what another one has brought into the slot, or a copy of it."""
         self.num_seen = before.num_seen
         self.kept_tokens = before.kept_tokens
@@ -105,13 +104,13 @@ class ActiveRequest:
         if before.request.token_scores is not None:
             self.request = replace(self.request, token_scores=before.request.token_scores)
 
-    def answers_after(self, before: "ActiveRequest", now_sec: float) -> None:
+    def begin_after(self, before: "ActiveRequest", now_sec: float) -> None:
         """Begin as the next turn of a dialogue, after the answer that ``before`` has given."""
         ended_itself = before.finish_reason == "stop"
         answer = before.token_ids[:-1] if ended_itself else before.token_ids
         text = [*before.request.prompt, *answer, *self.request.prompt]
         self.request = replace(self.request, prompt=text, tokens_before=0)
-        self.goes_on_from(before)
+        self.go_on_from(before)
         self.admitted_at = now_sec
 
     @property
@@ -135,43 +134,3 @@ class ActiveRequest:
         if len(self.token_ids) < 2:
             return None
         return (len(self.token_ids) - 1) / (self.last_token_at - self.first_token_at)
-
-
-@dataclass(kw_only=True)
-class ContextRead(ActiveRequest):
-    """A context that is read once; then its slot holds it until its last question begins there.
-
-    request: of one of its questions, up to where the question begins.
-    """
-
-    questions: deque[ActiveRequest] = field(default_factory=deque)
-
-    @classmethod
-    def of(cls, question: ActiveRequest) -> "ContextRead":
-        asked = question.request
-        context = replace(
-            asked,
-            prompt=asked.prompt[: asked.context_tokens],
-            question_tokens=0,
-            room_tokens=asked.held_back_tokens,
-        )
-        return cls(index=question.index, request=context, generator=question.generator)
-
-    def next_question(self, now_sec: float) -> ActiveRequest:
-        """The next one to answer, with what the context has cost, if it is the first of them."""
-        question = self.questions.popleft()
-        question.goes_on_from(self)
-        question.prefill_tokens, self.prefill_tokens = self.prefill_tokens, 0
-        question.admitted_at, self.admitted_at = self.admitted_at or now_sec, 0.0
-        return question
-
-    def chooses_after(self, num_new: int) -> bool:
-        return False
-
-    @property
-    def waits(self) -> bool:
-        return self.num_seen == len(self.request.prompt)
-
-    @property
-    def finish_reason(self) -> str | None:
-        return "invalid" if self.error else None

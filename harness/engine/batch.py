@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from kvarena.codecs.base import Codec
 from kvarena.codecs.none import NoCodec
-from kvarena.harness.engine.active_request import ActiveRequest, ContextRead
+from kvarena.harness.engine.active_request import ActiveRequest
 from kvarena.harness.engine.coded_cache import CodedCache, Workspace
+from kvarena.harness.engine.context_read import ContextRead
 from kvarena.harness.engine.eviction import Eviction, Limit
 from kvarena.harness.engine.foresight import token_scores
 from kvarena.harness.engine.forward_pass import ATTENTION_NAME, ForwardPass
@@ -167,7 +168,7 @@ class Batch:
         if isinstance(active, ContextRead):  # none of its questions can begin
             lost = list(active.questions)
             for question in lost:
-                question.goes_on_from(active)
+                question.go_on_from(active)
         else:
             lost = [active]
         finished = []
@@ -178,7 +179,7 @@ class Batch:
             turn = self._next_turns.pop(one.index, None)
             if turn is None:
                 continue
-            turn.answers_after(one, perf_counter())
+            turn.begin_after(one, perf_counter())
             if one.error is None:
                 self.slots[slot] = turn
             else:
