@@ -17,6 +17,8 @@ from toys import toy_model, toy_prompt
 
 BUDGET, CHUNK, NEW_TOKENS = 64, 24, 20
 POLICIES = choices("policy")
+# One of each kind of what travels with a slot: a column, norms, last queries, statistics of all.
+SIDE_STATES = ["h2o", "critical", "r_kv", "expected_attention"]
 ANSWERS_DECIDE = ["oracle"]  # nothing can be shared between its questions
 CONTEXTS = {"a": toy_prompt(170), "b": toy_prompt(97, seed=1)}
 QUESTIONS = [("a", 7), ("b", 3), ("a", 1), ("a", 12), ("b", 9), ("a", 5)]
@@ -92,8 +94,10 @@ def difference(engine: Engine, text: list[int], generation: Generation) -> float
 # ---- one context, many questions ----
 
 
-@pytest.mark.parametrize("shape", ["uniform", "ada"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "shape"),
+    [(policy, "uniform") for policy in POLICIES] + [(policy, "ada") for policy in SIDE_STATES],
+)
 def test_shared_questions_are_answered_as_each_by_itself(policy: str, shape: str) -> None:
     engine = engine_for(policy, **({} if policy == "full" else {"shape": shape}))
     requests = asked()
@@ -125,7 +129,7 @@ def test_order_and_slots_change_nothing(slots: int) -> None:
         assert_same(one, expected[index])
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name not in ANSWERS_DECIDE])
+@pytest.mark.parametrize("policy", [*SIDE_STATES, "full", "streaming_llm", "kvzip"])
 def test_a_context_is_computed_once(policy: str) -> None:
     requests = asked()
     together = list(engine_for(policy).generate(requests))
@@ -204,9 +208,12 @@ def text_until(requests: Sequence[Request], done: Sequence[Generation], turns: l
     return text[:-1]
 
 
-@pytest.mark.parametrize("evict_every", [1, 9])
-@pytest.mark.parametrize("shape", ["uniform", "ada", "global", "pyramid"])
-@pytest.mark.parametrize("policy", ["h2o", "snapkv", "r_kv", "streaming_llm", "kvzip"])
+@pytest.mark.parametrize(
+    ("policy", "shape", "evict_every"),
+    [(policy, "uniform", 1) for policy in (*SIDE_STATES, "snapkv", "streaming_llm", "kvzip")]
+    + [("h2o", shape, every) for shape in ("ada", "global", "pyramid") for every in (1, 9)]
+    + [("r_kv", "ada", 9), ("expected_attention", "global", 9), ("snapkv", "uniform", 9)],
+)
 def test_a_dialogue_goes_on_with_what_it_holds(policy: str, shape: str, evict_every: int) -> None:
     engine = engine_for(policy, shape=shape, evict_every=evict_every)
     for context in (None, "a"):
