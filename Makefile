@@ -171,7 +171,7 @@ reference-math500: .venv/.stamp ## MATH-500's first 20 problems and fidelity, DA
 reference-ruler: .venv/.stamp ## RULER's retrieval tasks at 1k and 2k: half an hour
 	$(KVARENA) experiment=reference_ruler
 	$(MODULE).studies.reference results ruler
-score-protection-shape: .venv/.stamp ## score, protection and shape, one at a time, DATA=folder: two hours
+score-protection-shape: calibrate-triattention ## score, protection and shape, one at a time, DATA=folder: three hours
 	$(KVARENA) experiment=score_protection_shape $(call typed,DATA,+task.options.data="VALUE") results_dir=results/score-protection-shape
 	$(MODULE).studies.score_protection_shape results/score-protection-shape
 shared-contexts: .venv/.stamp ## eight questions about one text, in sight, unseen and in a dialogue: an hour
