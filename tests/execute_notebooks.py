@@ -20,7 +20,7 @@ def executed(path: Path) -> NotebookNode:
     """The notebook with fresh outputs; raises what a cell raises."""
     notebook = nbformat.read(path, as_version=4)
     with TemporaryDirectory() as folder:
-        for name in ("reference", "anatomy"):
+        for name in ("reference", "anatomy", "score-protection-shape"):
             shutil.copytree(REPOSITORY / "results" / name, Path(folder) / "results" / name)
         place = Path(folder) / "notebooks"
         place.mkdir()

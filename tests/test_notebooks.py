@@ -41,11 +41,12 @@ def test_a_notebook_runs_on_committed_results_and_shows_what_is_committed(path: 
     assert num_pictures(fresh) == num_pictures(committed)
 
 
-def test_there_are_four_notebooks_that_were_run_to_their_end() -> None:
+def test_there_are_five_notebooks_that_were_run_to_their_end() -> None:
     assert [path.stem for path in NOTEBOOKS] == [
         "keydiff_geometry",
         "needle_heatmaps",
         "policy_comparison",
+        "score_protection_shape",
         "what_survives",
     ]
     for path in NOTEBOOKS:

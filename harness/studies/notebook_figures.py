@@ -55,7 +55,7 @@ def difference_figure(cells: pd.DataFrame) -> bytes:
             axes.set_yticks(range(len(policies)), policies)
             axes.set_title(f"budget {budget}", loc="left")
         figure.supxlabel("score minus the full cache's (percentage points)", fontsize=8)
-        return _png(figure)
+        return as_png(figure)
 
 
 def contact_sheet(pictures: Sequence[Path], per_line: int = 3) -> bytes:
@@ -73,10 +73,11 @@ def contact_sheet(pictures: Sequence[Path], per_line: int = 3) -> bytes:
             axes.imshow(image, interpolation="antialiased", interpolation_stage="rgba")
             axes.set(xlim=(0, width), ylim=(height, 0))
             axes.axis("off")
-        return _png(figure)
+        return as_png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """The picture as PNG, the same bytes in every process."""
     stream = io.BytesIO()
     # Without the version of the program, the drawn data are all that counts.
     figure.savefig(stream, format="png", dpi=120, metadata={"Software": None})

@@ -39,7 +39,11 @@ def write(name: str, rows: pd.DataFrame, summary: pd.DataFrame, table: str, svg:
     text_tables.write_csv(summary, folder / f"{name}-summary.csv")
     with replacing(folder / f"{name}.svg") as path:
         path.write_bytes(svg)
-    page = folder / "README.md"
+    write_table(folder / "README.md", name, table)
+
+
+def write_table(page: Path, name: str, table: str) -> None:
+    """Put the table between the page's marks of that name."""
     renewed = between_marks(page.read_text(encoding="utf-8"), name, table)
     with replacing(page) as path:
         path.write_text(renewed)
