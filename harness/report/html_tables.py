@@ -135,8 +135,8 @@ def turn_columns(table: pd.DataFrame) -> list[TableColumn]:
         column(
             "prefill saved, %",
             lambda line: _number(100 * line["prefill_saved"], 1),
-            "Prefill saved: the share of all prompt tokens that were not computed, because a "
-            "context was read once for all its questions.",
+            "Prefill saved: the share of all prompt tokens that were not computed, because the "
+            "context, or an earlier turn, had been read already.",
         ),
     ]
 

@@ -66,8 +66,8 @@ def budget_title(budget: str) -> str:
 
 def _figure(scores: pd.DataFrame, ylabel: str) -> Figure:
     budgets, styles = budgets_of(scores), policy_styles(scores["policy"])
-    across = min(len(budgets), PANELS_PER_LINE)
-    down = math.ceil(len(budgets) / across)
+    down = math.ceil(len(budgets) / PANELS_PER_LINE)
+    across = math.ceil(len(budgets) / down)  # four are two and two
     size = max(WIDTH_IN, PANEL_WIDTH_IN * across), HEIGHT_IN * down
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
@@ -76,7 +76,6 @@ def _figure(scores: pd.DataFrame, ylabel: str) -> Figure:
             axes.remove()
             continue
         _panel(axes, scores, budgets[place], styles)
-        # A panel with none below it has the label of its line.
         axes.set(xlabel="turn", ylabel=ylabel if place % across == 0 else "")
     from_zero(grid[0, 0], scores, 100)
     return figure
