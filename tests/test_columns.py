@@ -27,6 +27,7 @@ from kvarena.harness.store.columns import (
     ROWS,
     SUMMARY,
     SUMMARY_OF_FORCED,
+    TURNS,
     all_columns,
     columns_of_tasks,
     with_tables,
@@ -268,12 +269,12 @@ def test_a_summary_has_the_declared_columns_with_their_types_and_bounds(runs: Ru
 def test_a_name_is_declared_once() -> None:
     rows = [column.name for column in (*ROWS, *FORCED, *columns_of_tasks())]
     summary = [*CELL, *(column.name for column in (*SUMMARY, *SUMMARY_OF_FORCED))]
-    for names in (rows, summary):
+    for names in (rows, summary, [*CELL, *(column.name for column in TURNS)]):
         assert len(set(names)) == len(names)
 
 
 def test_every_column_says_what_it_means() -> None:
-    for column in (*ROWS, *FORCED, *columns_of_tasks(), *SUMMARY, *SUMMARY_OF_FORCED):
+    for column in (*ROWS, *FORCED, *columns_of_tasks(), *SUMMARY, *SUMMARY_OF_FORCED, *TURNS):
         assert column.meaning
         assert column.meaning.strip() == column.meaning
 

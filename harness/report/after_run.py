@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from kvarena.harness.analysis.by_turn import has_turns, score_by_turn, turn_table
 from kvarena.harness.analysis.comparison import CELL, compare_cells
-from kvarena.harness.analysis.distances import are_forced, distances, with_kl
+from kvarena.harness.analysis.distances import are_forced, distances, score_name, with_kl
 from kvarena.harness.analysis.row_frame import read_rows
 from kvarena.harness.files import file_name
 from kvarena.harness.registry import choices, load_choice
-from kvarena.harness.report import needle_maps, text_tables
+from kvarena.harness.report import needle_maps, text_tables, turn_charts
 
 
 def report(
@@ -37,20 +38,22 @@ def report(
             )
         for (model, variant), some in task_rows.groupby(["model", "variant"]):
             folder = results_dir / "plots" / str(task) / file_name(str(model))
-            written += _pictures(some, folder / file_name(str(variant)) if variant else folder)
+            folder = folder / file_name(str(variant)) if variant else folder
+            written += [*_pictures(some, folder), *_turns(some, tables["summary"], folder)]
     return written
 
 
 def summaries(
     task: str, rows: pd.DataFrame, *, allow_partial: bool = False
 ) -> dict[str, pd.DataFrame]:
-    """``summary``, the comparison of the task's cells, and what the task itself makes of its rows.
+    """``summary`` compares the task's cells; ``turns``, where there are some, and the task's own.
 
-    The latter is of cells that may show a score, so that no average hides what is missing.
+    All but the first are of cells that may show a score, so that no average hides what is missing.
     """
     summary = with_kl(compare_cells(rows, allow_partial=allow_partial), rows)
     scored = rows.merge(summary.loc[summary["score"].notna(), CELL], on=CELL)
-    return {"summary": summary, **own_summaries(task, scored)}
+    turns = {"turns": turn_table(rows, summary)} if has_turns(scored) else {}
+    return {"summary": summary, **turns, **own_summaries(task, scored)}
 
 
 def own_summaries(task: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -86,3 +89,11 @@ def _pictures(rows: pd.DataFrame, folder: Path) -> Iterator[Path]:
     for (policy, budget), cell_rows in rows.groupby(["policy", "budget"]):
         name = file_name(f"{policy}-{budget}")
         yield needle_maps.needle_heatmap(cell_rows, folder / f"{name}.png")
+
+
+def _turns(rows: pd.DataFrame, summary: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Score by turn, of rows as for _pictures; nothing where no cell with a score has turns."""
+    scores = score_by_turn(rows, summary) if has_turns(rows) else pd.DataFrame()
+    if not scores.empty:
+        ylabel = f"{score_name(rows)} (%)"
+        yield turn_charts.turn_picture(scores, ylabel, folder / "turns.png")

@@ -85,10 +85,10 @@ def budget_chart(cells: pd.DataFrame, kind: str, ylabel: str, scale: float = 1) 
             own = rest[rest["policy"] == policy]
             # Set apart a little, else the intervals of all policies lie on one another.
             shift = math.exp(0.018 * span * (place - (len(policies) - 1) / 2))
-            _line(axes, policy, styles[policy], own["budget_size"] * shift, own, scale)
+            score_line(axes, policy, styles[policy], own["budget_size"] * shift, own, scale)
         _label_budgets(axes, rest, span)
         axes.set(xlabel=f"budget ({kind})", ylabel=ylabel)
-        _from_zero(axes, cells, scale)
+        from_zero(axes, cells, scale)
         return as_svg(figure)
 
 
@@ -102,7 +102,7 @@ def memory_chart(cells: pd.DataFrame, ylabel: str) -> bytes:
         figure, axes = _figure(HEIGHT_IN)
         for policy in sorted(known["policy"].unique()):
             own = known["policy"] == policy
-            _line(axes, policy, styles[policy], megabytes[own], known[own], 100)
+            score_line(axes, policy, styles[policy], megabytes[own], known[own], 100)
         grey = "#777777"
         rings = axes.plot(megabytes[front], percent[front], "o:", ms=10, label="Pareto front")
         rings[0].set(color=grey, markerfacecolor="none")
@@ -112,7 +112,7 @@ def memory_chart(cells: pd.DataFrame, ylabel: str) -> bytes:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="KV cache kept (MB)", ylabel=ylabel)
-        _from_zero(axes, known, 100)
+        from_zero(axes, known, 100)
         return as_svg(figure)
 
 
@@ -195,13 +195,18 @@ def _lines_by_budget(axes: Axes, cells: pd.DataFrame) -> Iterator[tuple[float, L
 def _figure(height_in: float, width_in: float = WIDTH_IN) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#dddddd", lw=0.5)
-    axes.set_axisbelow(True)
+    tidy(axes)
     return figure, axes
 
 
-def _line(
+def tidy(axes: Axes) -> None:
+    """A pale grid behind the data, and no frame above and at the right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", lw=0.5)
+    axes.set_axisbelow(True)
+
+
+def score_line(
     axes: Axes, label: str, style: PolicyStyle, x: pd.Series, cells: pd.DataFrame, scale: float
 ) -> None:
     """Markers at the scores, joined, with their intervals as error bars."""
@@ -213,7 +218,7 @@ def _line(
     lines[0].set(color=style.colour, marker=style.marker, ls=style.line, fillstyle=style.fill)
 
 
-def _from_zero(axes: Axes, cells: pd.DataFrame, whole: float) -> None:
+def from_zero(axes: Axes, cells: pd.DataFrame, whole: float) -> None:
     """Begin the upright axis at zero, with room for half a marker; zeros end it at ``whole``."""
     if not (cells["score"] > 0).any():
         axes.set_ylim(top=1.03 * whole)
@@ -247,16 +252,22 @@ def _write(axes: Axes, text: str, point: tuple[float, float], right: float, **st
     axes.annotate(text, point, (right, 0), **style)
 
 
-def as_svg(figure: Figure) -> bytes:
-    """The figure as a file, with a legend below it where a line has a name."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if labels:
-        columns = 3 if max(map(len, labels)) < 15 else 2 if max(map(len, labels)) < 28 else 1
-        num_rows = math.ceil(len(labels) / columns)
-        figure.set_figheight(figure.get_figheight() + 0.1 + 0.17 * num_rows)
-        legend: dict[str, Any] = {"ncols": columns, "frameon": False, "handlelength": 2.6}
-        figure.legend(handles, labels, loc="outside lower center", **legend)
+def as_svg(figure: Figure, legend_title: str = "") -> bytes:
+    """The figure as a file, with the legend of add_legend."""
+    add_legend(figure, legend_title)
     stream = io.BytesIO()
     # Without the date and the version of the program, the drawn data are all that counts.
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return stream.getvalue()
+
+
+def add_legend(figure: Figure, title: str = "") -> None:
+    """Below the figure, which grows by it; of its first axes, none where no line has a name."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if labels:
+        columns = 3 if max(map(len, labels)) < 15 else 2 if max(map(len, labels)) < 28 else 1
+        num_rows = math.ceil(len(labels) / columns) + bool(title)
+        figure.set_figheight(figure.get_figheight() + 0.1 + 0.17 * num_rows)
+        legend: dict[str, Any] = {"ncols": columns, "frameon": False, "handlelength": 2.6}
+        legend |= {"title": title} if title else {}
+        figure.legend(handles, labels, loc="outside lower center", **legend)

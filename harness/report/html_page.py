@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from kvarena.harness.analysis.by_turn import has_turns, turn_table
 from kvarena.harness.analysis.comparison import CONTEST, compare_cells
 from kvarena.harness.analysis.distances import are_forced, score_name, with_kl
 from kvarena.harness.analysis.published import beside, with_parts
@@ -26,8 +27,10 @@ from kvarena.harness.report.html_tables import (
     examples,
     findings,
     table_columns,
+    turn_columns,
 )
 from kvarena.harness.report.text_tables import counted, evictions, marks_in_words
+from kvarena.harness.report.turn_charts import how_asked
 from kvarena.harness.store.cell_files import find_cells
 
 
@@ -91,6 +94,7 @@ def _section(
     """What the template shows of one task, model and variant."""
     task, model, variant = key
     columns = table_columns(cells)
+    turns = turn_table(rows, cells) if has_turns(rows) else pd.DataFrame()
     return {
         "anchor": anchor,
         "task": task,
@@ -104,7 +108,8 @@ def _section(
         "longest_name": cells["policy"].str.len().max(),
         "columns": columns,
         "marks": marks_in_words(evictions(cells)),
-        "lines": list(zip(*(column.texts for column in columns), strict=True)),
+        "how_asked": "" if turns.empty else how_asked(turns),
+        "turn_columns": [] if turns.empty else turn_columns(turns),
         # Forced answers are the full cache's own, whatever the policy.
         "examples": [] if are_forced(rows) else examples(rows),
     }

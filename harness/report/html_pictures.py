@@ -9,9 +9,10 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib import image
 
+from kvarena.harness.analysis.by_turn import has_turns, score_by_turn
 from kvarena.harness.analysis.comparison import compare_cells, is_full_cache
 from kvarena.harness.analysis.distances import are_forced, score_name
-from kvarena.harness.report import budget_charts, needle_maps
+from kvarena.harness.report import budget_charts, needle_maps, turn_charts
 from kvarena.harness.report.text_tables import counted, significant
 
 CSS_PIXELS_PER_INCH, PLOT_DPI = 96, 200
@@ -72,6 +73,7 @@ def section_pictures(rows: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Pictur
     for measure in measures:
         if _has(rows, measure.column):
             yield from _budget_pictures(rows, cells, measure)
+    yield from _turn_pictures(rows, cells)
     if cells["score"].notna().any():
         yield _memory_picture(cells, measures[0])
     yield from _bar_pictures(cells)
@@ -115,6 +117,28 @@ def _budget_pictures(
             f"{measure.reading} {_HOW_TO_READ}",
             f"Line chart, {measure.ylabel} by budget. {words}.",
             _uri(svg, "svg+xml"),
+        )
+
+
+def _turn_pictures(rows: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Picture]:
+    """Score by turn, a picture per budget, so that each fits a narrow screen."""
+    if not has_turns(rows):
+        return
+    scores, name = score_by_turn(rows, cells), score_name(rows)
+    for budget in turn_charts.budgets_of(scores):
+        panel = scores[scores["budget"].isin([budget, "full"])]
+        if panel.empty:
+            continue
+        words = "; ".join(
+            f"{policy}: " + ", ".join(significant(100 * score) for score in own["score"])
+            for policy, own in panel.groupby("policy")
+        )
+        yield Picture(
+            f"{name.capitalize()} by turn, {turn_charts.budget_title(budget)}",
+            "Turn 1 was asked first of its context. Bars: 95 % intervals, by context; dashed: full "
+            "cache, its interval pale. Points of one turn stand a little apart.",
+            f"Line chart, mean {name} in percent from the first turn to the last. {words}.",
+            _uri(turn_charts.turn_chart(panel, f"{name} (%)"), "svg+xml"),
         )
 
 

@@ -109,6 +109,38 @@ def table_columns(cells: pd.DataFrame) -> list[TableColumn]:
     return [one for one in columns if any(shown.text not in ("", "-") for shown in one.texts)]
 
 
+def turn_columns(table: pd.DataFrame) -> list[TableColumn]:
+    """The columns of what by_turn.turn_table gives for one task, model and variant."""
+    lines = table.to_dict("records")
+    ranks = pd.factorize(table["budget"])[0].tolist()
+
+    def column(heading: str, text: Callable[[Line], SortedText], reading: str = "") -> TableColumn:
+        return TableColumn(heading, reading, [text(line) for line in lines])
+
+    return [
+        column("policy", lambda line: SortedText(line["policy"], line["policy"])),
+        TableColumn("budget", "", list(map(SortedText, table["budget"], ranks))),
+        column(
+            "first turn, % [95 % interval]",
+            lambda line: _interval(line, "score_first"),
+            "First and last turn: the questions asked first and last of each context.",
+        ),
+        column("last turn, % [95 % interval]", lambda line: _interval(line, "score_last")),
+        column(
+            "last minus first, points [95 % interval]",
+            lambda line: _interval(line, "difference", signed=True),
+            "They are other questions, so compare their difference with the full cache's.",
+        ),
+        column("contexts", lambda line: _number(line["num_documents"], 0)),
+        column(
+            "prefill saved, %",
+            lambda line: _number(100 * line["prefill_saved"], 1),
+            "Prefill saved: the share of all prompt tokens that were not computed, because the "
+            "context, or an earlier turn, had been read already.",
+        ),
+    ]
+
+
 def _published(line: Line) -> SortedText:
     """A paper's figure for the same model, task, parts, policy and budget, with its grade."""
     value = line.get("published")

@@ -70,7 +70,7 @@ def needle_heatmap(rows: pd.DataFrame, path: str | Path) -> Path:
         _label_depths(axes, depths, layout)
         _colour_bar(figure, *layout.size_in, measure)
         _headings(figure, title, f"{model}, {_counted(rows, grid)}", 6)
-        return _save(figure, path, title)
+        return save_png(figure, path, title)
 
 
 def needle_overview(rows: pd.DataFrame, path: str | Path) -> Path:
@@ -103,7 +103,7 @@ def needle_overview(rows: pd.DataFrame, path: str | Path) -> Path:
             axes.set_title(_budget_title(budget), fontsize=9, pad=17)
         _colour_bar(figure, total_width, height, measure)
         _headings(figure, title, subtitle, 34)
-        return _save(figure, path, title)
+        return save_png(figure, path, title)
 
 
 def _overview_layout(num_panels: int, num_policies: int, num_depths: int) -> tuple[Layout, int]:
@@ -260,7 +260,8 @@ def _write_above(axes: Axes, text: str, points: float, column: float, **style: A
     axes.annotate(text, (column, 1), (0, points), xycoords=("data", "axes fraction"), **style)
 
 
-def _save(figure: Figure, path: str | Path, title: str) -> Path:
+def save_png(figure: Figure, path: str | Path, title: str) -> Path:
+    """Write the figure, cropped to what is drawn; returns the path."""
     with replacing(path) as temporary:
         # By default matplotlib writes its version there; the drawn data should be all that counts.
         metadata = {"Software": None, "Title": title}

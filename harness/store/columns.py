@@ -453,6 +453,41 @@ SUMMARY_OF_FORCED = (
     ),
 )
 
+# ---- by turn: a line per cell whose samples ask several questions of one context ----
+
+TURNS = (
+    Column("question", str, "", "of the rows", choices=("inside", "after", "first")),
+    Column("turns", str, "", "of the rows", choices=("independent", "dialogue")),
+    Column("num_turns", int, "", "questions of the context that has the most", low=1),
+    Column(
+        "num_documents",
+        int,
+        "",
+        "contexts of which the first and the last question count; all but `prefill_saved` is about "
+        "these two",
+        low=0,
+    ),
+    Column("score_first", float, "", "mean score of the question asked first", low=0, high=1),
+    Column("score_first_low", float, "", "lower end of its 95 % interval", low=0, high=1),
+    Column("score_first_high", float, "", "upper end of its 95 % interval", low=0, high=1),
+    Column("score_last", float, "", "mean score of the question asked last", low=0, high=1),
+    Column("score_last_low", float, "", "lower end of its 95 % interval", low=0, high=1),
+    Column("score_last_high", float, "", "upper end of its 95 % interval", low=0, high=1),
+    Column("difference", float, "", "last minus first, of the same contexts", low=-1, high=1),
+    Column("difference_low", float, "", "lower end of its 95 % interval", low=-1, high=1),
+    Column("difference_high", float, "", "upper end of its 95 % interval", low=-1, high=1),
+    Column("p_value", float, "", "sign-flip test of that difference, by context", low=0, high=1),
+    Column(
+        "prefill_saved",
+        float,
+        "",
+        "share of all `prompt_tokens` that were not computed: 1 minus the sum of "
+        "`prefill_tokens_computed` over theirs. Empty where rows do not say",
+        low=0,
+        high=1,
+    ),
+)
+
 # ---- all of them ----
 
 
@@ -485,6 +520,7 @@ def with_tables(readme: str) -> str:
         "forced answers": _table(FORCED),
         "tasks": _table(tasks, {"task": [", ".join(names) for names in tasks.values()]}),
         "summary": _table([*SUMMARY, *SUMMARY_OF_FORCED]),
+        "turns": _table(TURNS),
     }
     for name, table in tables.items():
         begin, end = (f"<!-- columns of {name}: {mark} -->" for mark in ("begin", "end"))
