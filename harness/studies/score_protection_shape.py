@@ -200,7 +200,9 @@ def _percent(ratio: float) -> str:
 def picture(summary: pd.DataFrame) -> bytes:
     """A line per score and shape, a dot per protection: how far it gets to the oracle."""
     known = summary.dropna(subset=["distance_closed_ratio"])
-    order = known.groupby(["score_rule", "shape"])["distance_closed_ratio"].max().sort_values()
+    # From the best up under the common protection, which comes last in the summary.
+    lines = known.groupby(["score_rule", "shape"], sort=False)["distance_closed_ratio"].last()
+    order = lines.sort_values()
     with budget_charts.default_settings():
         figure = Figure(figsize=(6.4, 0.8 + 0.22 * len(order)), layout="constrained")
         axes = figure.add_subplot()
