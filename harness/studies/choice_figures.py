@@ -77,7 +77,7 @@ def verdict_grid(summary: pd.DataFrame, pairs: pd.DataFrame) -> bytes:
     protections = list(even["protect"].unique())
     most = even.groupby("protect")["score_rule"].nunique().max()
     with default_settings():
-        figure = Figure(figsize=(WIDTH_IN, 1.5 + 0.155 * most), layout="constrained")
+        figure = Figure(figsize=(WIDTH_IN, 2.2 + 0.155 * most), layout="constrained")
         grid = figure.subplots(1, len(protections), squeeze=False)
         for axes, protect in zip(grid.flat, protections, strict=True):
             rules = list(even.loc[even["protect"] == protect, "score_rule"])
