@@ -192,8 +192,14 @@ def ids(rows: list[dict]) -> list[str]:
         ("keydiff", "'keydiff' is no setting with a value; did you mean policy=keydiff?"),
         ("budget 512", "'budget' is no setting with a value; did you mean budget=VALUE?"),
         ("data=sample", "unknown setting 'data'. Did you mean task.data ("),
-        ("lengths=[1000]", "unknown setting 'lengths'. Did you mean task.lengths (needle, ruler, scbench)?"),
-        ("lenghts=[1000]", "unknown setting 'lenghts'. Did you mean task.lengths (needle, ruler, scbench)?"),
+        (
+            "lengths=[1000]",
+            "unknown setting 'lengths'. Did you mean task.lengths (needle, ruler, scbench)?",
+        ),
+        (
+            "lenghts=[1000]",
+            "unknown setting 'lenghts'. Did you mean task.lengths (needle, ruler, scbench)?",
+        ),
         ("recent=64", "unknown setting 'recent'. Did you mean policy.recent"),
         (
             "window=8",

@@ -396,7 +396,7 @@ def test_every_field_of_the_identity_makes_another_cell_or_is_refused(kvarena: K
     assert sorted(contents) == [f"content.{name}" for name in parts]
     # What a user may set is in it; what changes no output is not.
     assert {name.partition(".")[0] for name in flat(identity)} == {
-        *("schema", "task", "policy", "model", "budget", "question", "sampling", "seed"),
+        *("schema", "task", "policy", "model", "budget", "question", "turns", "sampling", "seed"),
         *("chunk", "attention", "device", "dtype", "kv_dtype", "codec", "engine", "content"),
         *("shape", "protect", "evict_every"),
     }
