@@ -167,7 +167,7 @@ def test_memory_follows_kv_dtype_and_says_that_codecs_are_left_out(
     assert "keydiff+kivi" in shown
 
 
-@pytest.mark.parametrize("name", ["policy", "prompt_tokens", "ttft_sec", "slots"])
+@pytest.mark.parametrize("name", ["policy", "prefill_tokens_computed", "ttft_sec", "slots"])
 def test_rows_that_lack_a_figure_tell_nothing_of_time(
     name: str, folder: Path, tmp_path: Path
 ) -> None:
