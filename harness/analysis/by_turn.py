@@ -57,7 +57,7 @@ def turn_table(rows: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
         change = paired_difference(both["last"], both["first"], *where, bounds=_BOUNDS)
         line |= {"difference": change.mean, "p_value": change.p_value}
         line |= {"difference_low": change.low, "difference_high": change.high}
-        lines.append(line | {"prefill_saved": _prefill_saved(own)})
+        lines.append(line | {"prefill_saved": prefill_saved(own)})
     return pd.DataFrame(lines, columns=[*CELL, *(column.name for column in TURNS)])
 
 
@@ -96,7 +96,7 @@ def _first_and_last(rows: pd.DataFrame) -> pd.DataFrame:
     return first.drop(columns="turn").merge(end.drop(columns="turn"), on=_CONTEXT)
 
 
-def _prefill_saved(rows: pd.DataFrame) -> float:
+def prefill_saved(rows: pd.DataFrame) -> float:
     """The share of prompt tokens that were not computed; NaN where rows do not say."""
     if not set(_TOKENS) <= set(rows):
         return math.nan

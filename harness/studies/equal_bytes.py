@@ -14,16 +14,14 @@ import pandas as pd
 from kvarena.harness.analysis.cell_labels import method_label
 from kvarena.harness.analysis.comparison import CELL, compare_cells
 from kvarena.harness.analysis.distances import distances
-from kvarena.harness.analysis.row_frame import read_rows, recorded_rows
+from kvarena.harness.analysis.row_frame import recorded_rows
 from kvarena.harness.entry import folder_parser, one_line_errors
-from kvarena.harness.errors import UsageError
-from kvarena.harness.files import replacing
 from kvarena.harness.report import budget_charts, text_tables
-from kvarena.harness.store.cell_files import find_cells
-from kvarena.harness.studies.reference import REPOSITORY, renew_tables, without_texts
+from kvarena.harness.studies import recorded_study
+from kvarena.harness.studies.reference import renew_tables
 
 NAME = "equal-bytes"
-FOLDER = REPOSITORY / "results" / NAME
+FOLDER = recorded_study.folder_of(NAME)
 
 
 def main() -> None:
@@ -36,10 +34,7 @@ def main() -> None:
 def renew(rows: pd.DataFrame) -> None:
     """Write rows, summary, picture, and the table of the page beside them."""
     summary = summarise(rows)
-    text_tables.write_csv(without_texts(rows), FOLDER / f"{NAME}.csv")
-    text_tables.write_csv(summary, FOLDER / f"{NAME}-summary.csv")
-    with replacing(FOLDER / f"{NAME}.svg") as path:
-        path.write_bytes(picture(summary))
+    recorded_study.write(FOLDER, rows, summary, picture(summary))
     renew_tables([FOLDER / "README.md"], NAME, FOLDER / f"{NAME}-summary.csv")
 
 
@@ -49,10 +44,7 @@ def _recorded() -> pd.DataFrame:
 
 def _rows_of_cells(results_dir: Path) -> pd.DataFrame:
     """Rows of generated answers; the distances of forced ones are written."""
-    rows = read_rows(find_cells(results_dir))
-    if rows.empty:
-        raise UsageError(f"{results_dir} has no rows under runs/; run make equal-bytes first")
-    rows = labelled(rows)
+    rows = labelled(recorded_study.rows_of_cells(results_dir, NAME))
     forced = rows["task"].str.startswith("fidelity")
     if forced.any():
         text_tables.write_csv(distances(rows[forced]), FOLDER / f"{NAME}-distances.csv")

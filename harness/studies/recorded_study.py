@@ -1,9 +1,15 @@
-"""What every recorded study leaves in its folder: rows, summary, picture and the page's table."""
+"""What every recorded study does: take its rows, pair its cells, and leave its files in its folder.
 
+The folder bears the study's name, ``results/NAME``, and holds NAME.csv, NAME-summary.csv, NAME.svg
+and a page.
+"""
+
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from kvarena.harness.analysis.intervals import Difference, paired_difference
 from kvarena.harness.analysis.row_frame import read_rows, recorded_rows
 from kvarena.harness.entry import folder_parser
 from kvarena.harness.errors import UsageError
@@ -18,28 +24,51 @@ def folder_of(name: str) -> Path:
     return REPOSITORY / "results" / name
 
 
-def rows_to_record(name: str, about: str) -> pd.DataFrame:
-    """The rows of the cells below the folder that is typed, else the recorded ones.
+def rows_to_record(folder: Path, about: str) -> pd.DataFrame:
+    """The rows of the cells below the folder that is typed, else those recorded in ``folder``.
 
-    about: the text of --help. Raises UsageError for a folder without rows.
+    about: the text of --help. Raises UsageError as rows_of_cells.
     """
-    folder = folder_parser(about, optional=True).parse_args().folder
-    if folder is None:
-        return recorded_rows(folder_of(name) / f"{name}.csv")
-    rows = read_rows(find_cells(folder))
+    typed = folder_parser(about, optional=True).parse_args().folder
+    if typed is None:
+        return recorded_rows(folder / f"{folder.name}.csv")
+    return rows_of_cells(typed, folder.name)
+
+
+def rows_of_cells(results_dir: Path, name: str) -> pd.DataFrame:
+    """The rows that ``make NAME`` left there. Raises UsageError if there are none."""
+    rows = read_rows(find_cells(results_dir))
     if rows.empty:
-        raise UsageError(f"{folder} has no rows under runs/; run make {name} first")
+        raise UsageError(f"{results_dir} has no rows under runs/; run make {name} first")
     return rows
 
 
-def write(name: str, rows: pd.DataFrame, summary: pd.DataFrame, table: str, svg: bytes) -> None:
-    """Everything but the page's own words."""
-    folder = folder_of(name)
-    text_tables.write_csv(without_texts(rows), folder / f"{name}.csv")
-    text_tables.write_csv(summary, folder / f"{name}-summary.csv")
-    with replacing(folder / f"{name}.svg") as path:
+def complete_cells(
+    rows: pd.DataFrame, names: Sequence[str]
+) -> dict[tuple[Hashable, ...], pd.DataFrame]:
+    """By the columns ``names``, the good rows of every cell of which no sample is missing."""
+    good = rows[rows["status"] == "ok"]
+    is_complete = good.groupby(names)["sample_id"].transform("nunique") == good["num_planned"]
+    return dict(list(good[is_complete].groupby(names)))
+
+
+def difference(one: pd.DataFrame, other: pd.DataFrame, measure: str) -> Difference:
+    """A measure of one cell less that of the other, on the samples that both have."""
+    both = one.merge(other, on="sample_id", suffixes=("", "_other"), validate="1:1")
+    return paired_difference(both[measure], both[f"{measure}_other"], both["document"])
+
+
+def with_limits(name: str, found: Difference) -> dict[str, float]:
+    """The columns of a difference: its mean and the ends of its interval."""
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def write(folder: Path, rows: pd.DataFrame, summary: pd.DataFrame, svg: bytes) -> None:
+    """Rows, summary and picture, beside the page."""
+    text_tables.write_csv(without_texts(rows), folder / f"{folder.name}.csv")
+    text_tables.write_csv(summary, folder / f"{folder.name}-summary.csv")
+    with replacing(folder / f"{folder.name}.svg") as path:
         path.write_bytes(svg)
-    write_table(folder / "README.md", name, table)
 
 
 def write_table(page: Path, name: str, table: str) -> None:

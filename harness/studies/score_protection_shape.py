@@ -19,11 +19,12 @@ from itertools import combinations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvarena.harness.analysis.intervals import Difference, holm, paired_difference
+from kvarena.harness.analysis.intervals import Difference, holm
 from kvarena.harness.entry import one_line_errors
 from kvarena.harness.report import budget_charts
 from kvarena.harness.report.policy_styles import policy_style
 from kvarena.harness.studies import recorded_study
+from kvarena.harness.studies.recorded_study import with_limits
 from kvarena.harness.studies.reference import REPOSITORY
 
 NAME = "score-protection-shape"
@@ -38,13 +39,14 @@ MARKERS = {"uniform": "o", "pyramid": "^", "ada": "s", "global": "D"}
 def main() -> None:
     """Write everything, from the cells below the folder that the argument names if there is one."""
     with one_line_errors():
-        renew(recorded_study.rows_to_record(NAME, __doc__))
+        renew(recorded_study.rows_to_record(FOLDER, __doc__))
 
 
 def renew(rows: pd.DataFrame) -> None:
     """Write rows, summary and picture, and the table of the page beside them."""
     summary = summarise(rows)
-    recorded_study.write(NAME, rows, summary, markdown(summary), picture(summary))
+    recorded_study.write(FOLDER, rows, summary, picture(summary))
+    recorded_study.write_table(FOLDER / "README.md", NAME, markdown(summary))
     recorded_study.write_table(REPOSITORY / "README.md", "score-protection", overview(summary))
 
 
@@ -70,9 +72,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         if floor is not None and rule != FLOOR:
             gain = _kl_difference(floor, own)
             line |= {
-                "kl_gain": gain.mean,
-                "kl_gain_low": gain.low,
-                "kl_gain_high": gain.high,
+                **with_limits("kl_gain", gain),
                 "p": gain.p_value,
                 "closed_ratio": gain.mean / floor["kl_mean"].mean(),
                 "same": _is_same(gain),
@@ -80,11 +80,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         oracle = cells.get((ORACLE, protect, "uniform"))
         if oracle is not None and rule != ORACLE:
             regret = _kl_difference(own, oracle)
-            line |= {
-                "regret": regret.mean,
-                "regret_low": regret.low,
-                "regret_high": regret.high,
-            }
+            line |= with_limits("regret", regret)
             if "kl_gain" in line:
                 whole = line["kl_gain"] + regret.mean  # from random down to the oracle
                 line["distance_closed_ratio"] = line["kl_gain"] / whole
@@ -114,9 +110,7 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
                 "varied": CHOICE[varied[0]],
                 **dict(zip(CHOICE, one, strict=True)),
                 "other": other[varied[0]],
-                "kl_difference": difference.mean,
-                "kl_difference_low": difference.low,
-                "kl_difference_high": difference.high,
+                **with_limits("kl_difference", difference),
                 "p": difference.p_value,
                 "detectable": difference.detectable,
                 "same": _is_same(difference),
@@ -128,16 +122,12 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _complete_cells(rows: pd.DataFrame) -> dict[tuple[Hashable, ...], pd.DataFrame]:
     """Score, protection and shape -> the rows of a cell of which no sample is missing."""
-    good = rows[rows["status"] == "ok"]
-    good = good.assign(score_rule=good["policy"].str.partition("(")[0])
-    complete = good.groupby(CHOICE)["sample_id"].transform("nunique") == good["num_planned"]
-    return dict(list(good[complete].groupby(CHOICE)))
+    rules = rows["policy"].str.partition("(")[0]
+    return recorded_study.complete_cells(rows.assign(score_rule=rules), CHOICE)
 
 
 def _kl_difference(one: pd.DataFrame, other: pd.DataFrame) -> Difference:
-    """KL of one cell less that of the other, on the samples that both have."""
-    both = one.merge(other, on="sample_id", suffixes=("", "_other"), validate="1:1")
-    return paired_difference(both["kl_mean"], both["kl_mean_other"], both["document"])
+    return recorded_study.difference(one, other, "kl_mean")
 
 
 def _is_same(difference: Difference) -> bool:

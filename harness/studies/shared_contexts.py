@@ -9,12 +9,11 @@ dialogue of eight turns. The yardstick is the same policy with the question in s
 are paired by question, and texts are what the intervals count.
 """
 
-from typing import Any
-
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvarena.harness.analysis.intervals import holm, paired_difference
+from kvarena.harness.analysis.by_turn import prefill_saved
+from kvarena.harness.analysis.intervals import holm
 from kvarena.harness.entry import one_line_errors
 from kvarena.harness.report import budget_charts
 from kvarena.harness.report.policy_styles import policy_style
@@ -34,13 +33,14 @@ MARKERS = {SIGHT: "o", UNSEEN: "s", DIALOGUE: "^"}
 def main() -> None:
     """Write everything, from the cells below the folder that the argument names if there is one."""
     with one_line_errors():
-        renew(recorded_study.rows_to_record(NAME, __doc__))
+        renew(recorded_study.rows_to_record(FOLDER, __doc__))
 
 
 def renew(rows: pd.DataFrame) -> None:
     """Write rows, summary and picture, and the table of the page beside them."""
     summary = summarise(rows)
-    recorded_study.write(NAME, rows, summary, markdown(summary), picture(summary))
+    recorded_study.write(FOLDER, rows, summary, picture(summary))
+    recorded_study.write_table(FOLDER / "README.md", NAME, markdown(summary))
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
@@ -50,13 +50,10 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     questions in sight, with its interval; saved_ratio: share of all prompt tokens that were not
     computed; p_holm: over all that is compared.
     """
-    good = rows[rows["status"] == "ok"]
-    ways = [WAYS[way] for way in zip(good["question"], good["turns"], strict=True)]
-    measure = good["kl_mean"].fillna(good["score"]) if "kl_mean" in good else good["score"]
-    good = good.assign(way=ways, value=measure)
-    cell = ["task", "policy", "way"]
-    complete = good.groupby(cell)["sample_id"].transform("nunique") == good["num_planned"]
-    cells: dict[Any, pd.DataFrame] = dict(list(good[complete].groupby(cell)))
+    ways = [WAYS[way] for way in zip(rows["question"], rows["turns"], strict=True)]
+    measure = rows["kl_mean"].fillna(rows["score"]) if "kl_mean" in rows else rows["score"]
+    rows = rows.assign(way=ways, value=measure)
+    cells = recorded_study.complete_cells(rows, ["task", "policy", "way"])
     lines = []
     for (task, policy, way), own in cells.items():
         line = {
@@ -66,19 +63,13 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
             "num_samples": len(own),
             "num_texts": own["document"].nunique(),
             "value": own["value"].mean(),
-            "saved_ratio": 1 - own["prefill_tokens_computed"].sum() / own["prompt_tokens"].sum(),
+            "saved_ratio": prefill_saved(own),
             **dict.fromkeys(("change", "change_low", "change_high", "p")),
         }
         seen = cells.get((task, policy, SIGHT))
         if seen is not None and way != SIGHT:
-            both = own.merge(seen, on="sample_id", suffixes=("", "_seen"), validate="1:1")
-            change = paired_difference(both["value"], both["value_seen"], both["document"])
-            line |= {
-                "change": change.mean,
-                "change_low": change.low,
-                "change_high": change.high,
-                "p": change.p_value,
-            }
+            change = recorded_study.difference(own, seen, "value")
+            line |= {**recorded_study.with_limits("change", change), "p": change.p_value}
         lines.append(line)
     summary = pd.DataFrame(lines)
     order = {way: place for place, way in enumerate(MARKERS)}
