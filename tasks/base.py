@@ -160,6 +160,15 @@ def rows_fingerprint(rows: Iterable[object]) -> str:
     return content_id(sorted(content_id(row) for row in rows))
 
 
+# Any: yaml and the command line give what they like.
+def different_values(option: str, values: Any) -> tuple[Any, ...]:
+    """The values of an option that is a list. ValueError unless there are some, all different."""
+    good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    if not good or len(set(values)) < len(values):
+        raise ValueError(f"{option} must be a list of different values, got {values!r}")
+    return tuple(values)
+
+
 def ask_of_one_context(context_id: str, samples: Sequence[Sample]) -> list[Sample]:
     """The samples, in the order of their turns, as questions about one context.
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 
@@ -27,6 +27,7 @@ from kvarena.tasks.base import (
     Tokenizer,
     ask_of_one_context,
     content_id,
+    different_values,
 )
 from kvarena.tasks.haystack import HAYSTACK, load_sentences
 from kvarena.tasks.ruler.documents import SOURCES, load_questions, qa_recipe
@@ -73,7 +74,10 @@ class Ruler(Task):
     qa_file: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        self.tasks, self.lengths = _several("tasks", self.tasks), _several("lengths", self.lengths)
+        self.tasks, self.lengths = (
+            different_values("ruler tasks", self.tasks),
+            different_values("ruler lengths", self.lengths),
+        )
         for task in self.tasks:
             if task not in ANSWER_TOKENS:
                 raise ValueError(f"unknown ruler task {task!r}; known: {', '.join(ANSWER_TOKENS)}")
@@ -207,11 +211,3 @@ class Ruler(Task):
         if task == "vt":
             return vt_recipe(lambda text: len(tokenizer.encode(text)), ANSWER_TOKENS["vt"], number)
         return {"cwe": cwe_recipe, "fwe": fwe_recipe}[task](length, number)
-
-
-# Any: yaml and the command line give what they like.
-def _several(name: str, values: Any) -> tuple[Any, ...]:
-    good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-    if not good or len(set(values)) < len(values):
-        raise ValueError(f"ruler {name} must be a list of different values, got {values!r}")
-    return tuple(values)

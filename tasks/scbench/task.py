@@ -10,7 +10,6 @@ contexts of files are not cut, so they need a model with room for them. The othe
 (QA, choice, code, summaries, many examples and both mixtures) are not here.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from kvarena.tasks.base import (
     Tokenizer,
     ask_of_one_context,
     content_id,
+    different_values,
     rows_fingerprint,
 )
 from kvarena.tasks.benchmark.source import READ_FROM, ROWS_SHA256
@@ -67,8 +67,8 @@ class SCBench(Task):
     max_new_tokens: int | None = None  # tokens of an answer; None: the protocol's
 
     def __post_init__(self) -> None:
-        self.families = _several("families", self.families)
-        self.lengths = _several("lengths", self.lengths)
+        self.families = different_values("scbench families", self.families)
+        self.lengths = different_values("scbench lengths", self.lengths)
         self.data = str(self.data)
         for family in self.families:
             if family not in FAMILIES:
@@ -167,11 +167,3 @@ class SCBench(Task):
         return ask_of_one_context(
             content_id(self.name, self.version, family, context, len(samples)), samples
         )
-
-
-# Any: yaml and the command line give what they like.
-def _several(name: str, values: Any) -> tuple[Any, ...]:
-    good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-    if not good or len(set(values)) < len(values):
-        raise ValueError(f"scbench {name} must be a list of different values, got {values!r}")
-    return tuple(values)
