@@ -138,6 +138,18 @@ def test_a_plan_counts_shared_contexts_once(folder: Path, tmp_path: Path) -> Non
     assert plan_cell(cell_of(folder), tmp_path).num_tokens == 0
 
 
+def test_a_plan_of_a_shard_counts_the_turns_before_its_own(folder: Path, tmp_path: Path) -> None:
+    whole = cell_of(folder, "full", turns="dialogue", question="inside")
+    longest = plan_cell(whole, tmp_path).longest_tokens
+    parts = [
+        plan_cell(
+            cell_of(folder, "full", turns="dialogue", question="inside", shard=part), tmp_path
+        ).longest_tokens
+        for part in ("1/2", "2/2")
+    ]
+    assert max(parts) == longest
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
     [

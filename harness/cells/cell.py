@@ -317,7 +317,7 @@ class Cell:
         if samples:
             self._check_context(max(samples, key=total_tokens))
         for turns in self.dialogues(samples).values():
-            self._check_context(turns[0], dialogue_tokens(turns) - turns[-1].max_new_tokens)
+            self._check_context(turns[-1], tokens_before_answer(turns))
         return samples
 
     def dialogues(self, samples: Sequence[Sample]) -> dict[str, list[Sample]]:
@@ -399,10 +399,10 @@ def longest_prompt_tokens(sample: Sample) -> int:
     return sample.context.longest_prompt_tokens
 
 
-def dialogue_tokens(turns: Sequence[Sample]) -> int:
-    """Most tokens that a dialogue can take, all its prompts and answers."""
+def tokens_before_answer(turns: Sequence[Sample]) -> int:
+    """Most tokens before the answer of the last of a dialogue's turns, earlier answers included."""
     follow_ups = sum(len(turn.follow_up_token_ids) for turn in turns[1:])
-    answers = sum(turn.max_new_tokens for turn in turns)
+    answers = sum(turn.max_new_tokens for turn in turns[:-1])
     return len(turns[0].prompt_token_ids) + follow_ups + answers
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarena.harness.cells.cell import Cell, dialogue_tokens, longest_prompt_tokens
+from kvarena.harness.cells.cell import Cell, longest_prompt_tokens, tokens_before_answer
 from kvarena.harness.engine.eviction import Eviction
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import read_json
@@ -71,7 +71,7 @@ def plan_cell(cell: Cell, results_dir: Path) -> Plan:
     left = [sample for sample in samples if sample.id not in done]
     if not (folder.path / "manifest.json").exists():
         folder.refuse_drift()
-    prompts = _prompt_tokens(cell, samples)
+    prompts = _prompt_tokens(cell, all_samples)  # a shard may lack a dialogue's earlier turns
     lengths = [prompts[sample.id] + sample.max_new_tokens for sample in samples]
     bounds = [cell.budget_tokens(sample) for sample in samples]
     held = [
@@ -105,7 +105,7 @@ def _prompt_tokens(cell: Cell, samples: Sequence[Sample]) -> dict[str, int]:
     prompts = {sample.id: len(sample.prompt_token_ids) for sample in samples}
     for turns in cell.dialogues(samples).values():
         for turn, sample in enumerate(turns):
-            prompts[sample.id] = dialogue_tokens(turns[: turn + 1]) - sample.max_new_tokens
+            prompts[sample.id] = tokens_before_answer(turns[: turn + 1])
     return prompts
 
 
