@@ -145,7 +145,7 @@ def test_a_plan_of_a_shard_counts_the_turns_before_its_own(folder: Path, tmp_pat
         plan_cell(
             cell_of(folder, "full", turns="dialogue", question="inside", shard=part), tmp_path
         ).longest_tokens
-        for part in ("1/2", "2/2")
+        for part in (f"{number}/8" for number in range(1, 9))
     ]
     assert max(parts) == longest
 

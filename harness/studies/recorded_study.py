@@ -4,7 +4,7 @@ The folder bears the study's name, ``results/NAME``, and holds NAME.csv, NAME-su
 and a page.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +44,7 @@ def rows_of_cells(results_dir: Path, name: str) -> pd.DataFrame:
 
 
 def complete_cells(
-    rows: pd.DataFrame, names: Sequence[str]
+    rows: pd.DataFrame, names: list[str]
 ) -> dict[tuple[Hashable, ...], pd.DataFrame]:
     """By the columns ``names``, the good rows of every cell of which no sample is missing."""
     good = rows[rows["status"] == "ok"]

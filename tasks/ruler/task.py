@@ -74,10 +74,8 @@ class Ruler(Task):
     qa_file: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        self.tasks, self.lengths = (
-            different_values("ruler tasks", self.tasks),
-            different_values("ruler lengths", self.lengths),
-        )
+        self.tasks = different_values("ruler tasks", self.tasks)
+        self.lengths = different_values("ruler lengths", self.lengths)
         for task in self.tasks:
             if task not in ANSWER_TOKENS:
                 raise ValueError(f"unknown ruler task {task!r}; known: {', '.join(ANSWER_TOKENS)}")
