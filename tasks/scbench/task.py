@@ -61,7 +61,7 @@ COLUMNS = (
         "meta_answer_depths",
         list[float],
         "percent",
-        "where in the context what is asked for stands, by characters; none for the text families",
+        "where in the context what is asked for stands, by characters; none in a text as a whole",
         low=0,
         high=100,
     ),
