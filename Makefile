@@ -134,7 +134,7 @@ math500: ## MATH-500, the budget binding while the model reasons
 gsm8k: ## GSM8K after eight worked examples
 aime25: ## AIME 2025; its protocol samples: SAMPLES=16 ARGS='sampling.temperature=0.6 sampling.top_p=0.95'
 ruler: ## RULER, generated offline
-scbench: ## SCBench, several questions about one context, generated offline; ARGS='task.turns_per_context=8'
+scbench: ## SCBench, several questions about one context, made offline, or with DATA=... read from its files; ARGS='task.turns_per_context=8'
 fidelity: ## how far a policy moves the model from its full cache, per token
 $(BENCHMARKS): .venv/.stamp
 	$(KVARENA) task=$@ $(OVERRIDES)

@@ -14,7 +14,7 @@ import yaml
 
 from kvarena.tasks.base import Sample
 from kvarena.tasks.scbench import SCBench
-from kvarena.tasks.scbench.families import ANSWER_TOKENS, FAMILIES, FILE_STEMS
+from kvarena.tasks.scbench.families import ANSWER_TOKENS, FAMILIES, FILE_STEMS, MADE_FAMILIES
 from kvarena.tasks.scbench.metrics import score_answer
 from toy_tokenizers import CharTokenizer
 
@@ -26,7 +26,7 @@ UNIT_CHARS = {"retr_kv": 80, "retr_prefix_suffix": 126, "retr_multihop": 91, "ma
 
 def made(*families: str, seed: int = 0, template: str | None = TEMPLATE, **options: Any):
     options = {"lengths": [LENGTH], "num_contexts": 2} | options
-    task = SCBench(families=families or FAMILIES, **options)
+    task = SCBench(families=families or MADE_FAMILIES, **options)
     return task.samples(CharTokenizer(chat_template=template), seed)
 
 
@@ -69,7 +69,7 @@ def test_the_turns_of_a_context_share_it_and_ask_for_something_else_each(templat
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MADE_FAMILIES)
 def test_the_longest_prompt_is_as_long_as_allowed_but_not_longer(family, template):
     for length in (LENGTH, 9001):
         for turns in by_context(made(family, lengths=[length], template=template)):
@@ -92,7 +92,7 @@ def test_a_context_does_not_depend_on_what_else_is_asked_for():
 def test_a_limit_counts_contexts_of_each_part_with_all_their_turns():
     task = SCBench(lengths=[LENGTH, 3000], num_contexts=5)
     found = task.samples(CharTokenizer(), 0, limit=1)
-    assert {s.part for s in found} == {f"{f}-{n}" for f in FAMILIES for n in (LENGTH, 3000)}
+    assert {s.part for s in found} == {f"{f}-{n}" for f in MADE_FAMILIES for n in (LENGTH, 3000)}
     assert len(by_context(found)) == 8
     assert len(found) == 40
 
@@ -158,7 +158,7 @@ def test_the_number_asked_for_has_that_rank_in_the_list():
         assert numbers.count(numbers[0]) == numbers.count(numbers[-4]) == len(numbers) % 2 == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MADE_FAMILIES)
 def test_answers_stand_all_over_the_context(family):
     depths = [s.meta["answer_depths"][0] for s in made(family, num_contexts=8)]
     assert min(depths) < 20
@@ -169,7 +169,8 @@ def test_answers_stand_all_over_the_context(family):
 
 
 def test_answers_are_as_long_as_the_protocol_allows_unless_told():
-    assert {s.meta["family"]: s.max_new_tokens for s in made()} == ANSWER_TOKENS
+    protocol = {family: ANSWER_TOKENS[family] for family in MADE_FAMILIES}
+    assert {s.meta["family"]: s.max_new_tokens for s in made()} == protocol
     assert {s.max_new_tokens for s in made(max_new_tokens=40)} == {40}
 
 
@@ -185,6 +186,9 @@ def test_answers_are_as_long_as_the_protocol_allows_unless_told():
         ({"turns_per_context": 10}, "turns_per_context is 10, math_find has 9 questions"),
         ({"num_contexts": 1.5}, "1.5"),
         ({"max_new_tokens": 0}, "0"),
+        ({"families": ["en_qa"]}, "en_qa cannot be made, only read: .*microsoft/SCBench"),
+        ({"families": ["retr_kv", "mix_sum_niah"]}, "mix_sum_niah cannot be made"),
+        ({"families": ["code_repoqa"], "data": "x"}, "unknown scbench family 'code_repoqa'"),
     ],
 )
 def test_a_bad_option_is_named_with_its_value(options, message):
@@ -233,11 +237,52 @@ ROWS = {
         ],
     },
 }  # fmt: skip
+BOOK = "Anne came to Avonlea in June."
+OPTIONS = ["Whitby", "Avonlea", "Zenith", "Carthage"]
+TEXT_ROWS = {
+    "en_qa": {
+        "context": BOOK,
+        "id": 0,
+        "multi_turns": [
+            {"input": "Where to?", "answer": "Avonlea"},
+            {"input": "When {not}?", "answer": "In June"},
+        ],
+    },
+    "zh_qa": {
+        "context": "安妮六月到了。",
+        "id": 0,
+        "multi_turns": [{"input": "什么时候？", "answer": "六月"}],  # noqa: RUF001
+    },
+    "en_multichoice": {
+        "context": BOOK,
+        "id": 0,
+        "multi_turns": [{"input": "Where to?", "answer": "Avonlea", "options": OPTIONS}],
+    },
+    "en_sum": {
+        "context": "Paper 1: Trees are tall.\n\nPaper 2: Fish swim.",
+        "id": 0,
+        "multi_turns": [{"input": "Summarize paper 2.", "answer": "This paper is about fish."}],
+    },
+    "icl_manyshot": {
+        "context": "Q: True?\nA: (A)\n\nQ: False?\nA: (B)",
+        "id": 0,
+        "task": "boolean",
+        "multi_turns": [{"input": "Q: True?\nA:", "answer": "(A)"}],
+    },
+    "mix_sum_niah": {
+        "context": "Paper 1: Trees are tall. The pass key is 71432. Fish swim.",
+        "id": 0,
+        "multi_turns": [
+            {"input": "Summarize paper 1.", "answer": "Trees, tall.", "task": "scbench_summary"},
+            {"input": "What is the pass key?", "answer": "71432", "task": "scbench_passkey"},
+        ],
+    },
+}
 
 
-def write_rows(folder: Path) -> Path:
+def write_rows(folder: Path, rows: dict[str, dict[str, Any]] = ROWS) -> Path:
     folder.mkdir()
-    for family, row in ROWS.items():
+    for family, row in rows.items():
         path = folder / f"{FILE_STEMS[family]}.jsonl"
         path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     return folder
@@ -261,6 +306,64 @@ def test_rows_of_files_are_asked_as_the_benchmark_asks_them(tmp_path):
     assert [len(turns) for turns in by_context(found)] == [3, 1, 1, 2]
     assert {s.meta["data"] for s in found} == {"folder:rows"}
     assert len({s.meta["data_sha256"] for s in found}) == 4
+
+
+def test_rows_of_text_families_are_asked_as_the_benchmark_asks_them(tmp_path):
+    folder = write_rows(tmp_path / "rows", TEXT_ROWS)
+    found = made(*TEXT_ROWS, data=str(folder), template=None)
+    assert [(s.part, text_of(s.prompt_token_ids)) for s in found] == [
+        ("en_qa", "Read the book and answer the question. Be very concise in your answer.\n\n"
+         f"{BOOK}\n\nQuestion: Where to?\nAnswer:"),
+        ("en_qa", "Read the book and answer the question. Be very concise in your answer.\n\n"
+         f"{BOOK}\n\nQuestion: When {{not}}?\nAnswer:"),
+        ("zh_qa",
+         "阅读以下书籍然后回答问题。\n\n安妮六月到了。\n\n问题：什么时候？\n答案："),  # noqa: RUF001
+        ("en_multichoice", f"Read the book and answer the question.\n\n{BOOK}\n\n"
+         "Question: Where to?\nA. Whitby\nB. Avonlea\nC. Zenith\nD. Carthage\n\n"
+         "The the correct answer is"),
+        ("en_sum", "Paper 1: Trees are tall.\n\nPaper 2: Fish swim.\n\nSummarize paper 2."),
+        ("icl_manyshot", "Q: True?\nA: (A)\n\nQ: False?\nA: (B)\n\nQ: True?\nA:"),
+        ("mix_sum_niah-en_sum", "Paper 1: Trees are tall. The pass key is 71432. Fish swim.\n\n"
+         "Summarize paper 1."),
+        ("mix_sum_niah-needle", "Paper 1: Trees are tall. The pass key is 71432. Fish swim.\n\n"
+         "What is the pass key?"),
+    ]  # fmt: skip
+    assert [s.references for s in found] == [
+        ("Avonlea",), ("In June",), ("六月",), ("Avonlea", "B"), ("This paper is about fish.",),
+        ("(A)",), ("Trees, tall.",), ("71432",),
+    ]  # fmt: skip
+    assert [s.max_new_tokens for s in found] == [40, 40, 40, 40, 200, 10, 800, 15]
+    assert [len(turns) for turns in by_context(found)] == [2, 1, 1, 1, 1, 2]
+
+
+def test_only_needles_of_text_families_have_a_place_and_only_mixtures_a_task_per_turn(tmp_path):
+    folder = write_rows(tmp_path / "rows", TEXT_ROWS)
+    found = made(*TEXT_ROWS, data=str(folder))
+    assert [s.meta["answer_depths"] for s in found] == [[]] * 7 + [[70.7]]
+    assert [s.meta.get("turn_task") for s in found] == [None] * 6 + ["en_sum", "needle"]
+    assert {s.meta["family"] for s in found} == set(TEXT_ROWS)
+    assert set(TEXT_ROWS) | set(ROWS) == set(FAMILIES)
+    assert SCBench(families=["en_qa"], data=str(folder)).data_fingerprint()
+
+
+def test_each_turn_of_a_mixture_is_scored_as_what_it_asks_for(tmp_path):
+    folder = write_rows(tmp_path / "rows", TEXT_ROWS)
+    task = SCBench(families=["mix_sum_niah"], data=str(folder))
+    summary, needle = task.samples(CharTokenizer(), 0)
+    assert task.score(summary, "Trees, tall.")["score"] == pytest.approx(1.0)
+    assert task.score(summary, "71432") == {"score": 0.0}
+    assert task.score(needle, "It is 71432.") == {"score": 1.0}
+    assert task.score(needle, "Trees, tall.") == {"score": 0.0}
+
+
+@pytest.mark.parametrize("family", ["en_multichoice", "mix_sum_niah"])
+def test_the_extra_fields_of_turns_come_from_a_parquet_too(tmp_path, family):
+    folder = write_rows(tmp_path / "rows", TEXT_ROWS)
+    parquet = tmp_path / "hub" / FILE_STEMS[family] / "test-00000-of-00001.parquet"
+    parquet.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([TEXT_ROWS[family]]), parquet)
+    found = [made(family, data=str(place)) for place in (folder, tmp_path / "hub")]
+    assert [s.id for s in found[0]] == [s.id for s in found[1]]
 
 
 def test_of_files_there_are_at_most_so_many_turns(tmp_path):
@@ -294,11 +397,30 @@ def test_folder_zip_file_and_parquet_give_the_same_samples(tmp_path):
         ("retr_multihop", {"multi_turns": [{"input": "?", "answer": []}]}, "'multi_turns' must"),
         ("math_find", {"context": ["1"]}, "'context' must be a list of whole numbers"),
         ("math_find", {"multi_turns": [{"input": "?", "answer": 1}]}, "words The ... is"),
+        ("en_qa", {"multi_turns": [{"input": "?", "answer": ["a"]}]}, "a text as input"),
+        ("en_sum", {"multi_turns": [{"input": "?", "answer": ""}]}, "'multi_turns' must"),
+        ("en_multichoice", {"multi_turns": [{"input": "?", "answer": "a"}]}, "its four options"),
+        (
+            "en_multichoice",
+            {"multi_turns": [{"input": "?", "answer": "Here", "options": OPTIONS}]},
+            "its four options",
+        ),
+        (
+            "en_multichoice",
+            {"multi_turns": [{"input": "?", "answer": "Zenith", "options": OPTIONS[1:]}]},
+            "its four options",
+        ),
+        (
+            "mix_sum_niah",
+            {"multi_turns": [{"input": "?", "answer": "1", "task": "scbench_kv"}]},
+            "a task: scbench_summary or scbench_passkey",
+        ),
+        ("mix_sum_niah", {"multi_turns": [{"input": "?", "answer": "1"}]}, "and a task"),
     ],
 )
 def test_a_bad_row_is_named_with_file_line_and_field(tmp_path, family, change, message):
     path = tmp_path / f"{FILE_STEMS[family]}.jsonl"
-    path.write_text(json.dumps(ROWS[family] | change), encoding="utf-8")
+    path.write_text(json.dumps((ROWS | TEXT_ROWS)[family] | change), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"{path.name} line 1.*{message}"):
         made(family, data=str(tmp_path))
 
@@ -341,9 +463,44 @@ def test_missing_data_comes_with_every_way_to_get_it(data):
         ("math_find", ("912",), "9,12", 0.0),
         ("math_find", ("912",), "nine hundred and twelve", 0.0),
         ("math_find", ("912",), "", 0.0),
+        ("en_qa", ("Avonlea",), "She went to AVONLEA.\n", 1.0),
+        ("en_qa", ("Avonlea",), "Avon lea", 0.0),
+        ("en_qa", ("Avonlea",), "", 0.0),
+        ("icl_manyshot", ("(A)",), " (a)\n\nQ:", 1.0),
+        ("icl_manyshot", ("(A)",), "(B)", 0.0),  # a shared bracket is no right answer
+        ("icl_manyshot", ("(A)",), "", 0.0),
+        ("en_multichoice", ("Avonlea", "B"), "B", 1.0),
+        ("en_multichoice", ("Avonlea", "B"), " B. Whitby", 1.0),  # the letter decides
+        ("en_multichoice", ("Avonlea", "B"), "A", 0.0),
+        ("en_multichoice", ("Avonlea", "B"), "Avonlea", 0.0),  # an A at the start, as officially
+        ("en_multichoice", ("Whitby", "A"), "Whitby", 1.0),
+        ("en_multichoice", ("Whitby", "A"), "It says: the answer is: A", 1.0),
+        ("en_multichoice", ("Whitby", "A"), "the answer is Whitby, surely", 1.0),
+        ("en_multichoice", ("Whitby", "A"), "the option is\n\n'C'", 0.0),
+        ("en_multichoice", ("Whitby", "A"), "the answer is", 0.0),
+        ("en_multichoice", ("Whitby", "A"), "the answer:A", 0.0),  # one character is skipped
+        ("en_multichoice", ("Whitby", "A"), "I say (A), then A.", 1.0),
+        ("en_multichoice", ("Whitby", "A"), "I say B or A", 0.0),
+        ("en_multichoice", ("Whitby", "A"), "I do not know", 0.0),
+        ("en_multichoice", ("Whitby", "A"), " \n", 0.0),
+        ("needle", ("71432",), "71432", 1.0),
+        ("needle", ("71432",), "The pass key is 71432. Remember 9.", 1.0),
+        ("needle", ("71432",), "1) 71432", 0.0),  # the first digits count
+        ("needle", ("71432",), "714321", 0.0),
+        ("needle", ("71432",), "", 0.0),
+        ("zh_qa", ("六月",), " 六月。", 1.0),
+        ("zh_qa", ("六月",), "六月二日", pytest.approx(2 / 3)),
+        ("zh_qa", ("六月",), "五年", 0.0),
+        ("zh_qa", ("Bob",), "bOB!", 1.0),
+        ("zh_qa", ("六月",), "", 0.0),
+        ("en_sum", ("fish swim far",), "fish swim far", pytest.approx(1.0)),
+        ("en_sum", ("fish swim far",), "fish\nswim", pytest.approx(0.8)),
+        ("en_sum", ("fish swim far",), "trees", 0.0),
+        ("en_sum", ("fish swim far",), "...", 0.0),
+        ("en_sum", ("fish swim far",), "", 0.0),
     ],
 )  # fmt: skip
-def test_an_answer_scores_as_the_official_code_scores_it(family, references, text, score):
+def test_an_answer_scores_as_metrics_says(family, references, text, score):
     assert score_answer(family, text, references) == score
     sample = Sample(
         id="a", prompt_token_ids=(1,), references=references, max_new_tokens=9,

@@ -42,6 +42,12 @@ def token_f1_zh(prediction: str, answer: str) -> float:
     return _f1(*([word for word in text if word] for text in cleaned))
 
 
+def character_f1(prediction: str, answer: str) -> float:
+    """F1 of the characters of both, without case, punctuation and spaces: SCBench's."""
+    cleaned = ("".join(text.lower().translate(DROP_ALL).split()) for text in (prediction, answer))
+    return _f1(*cleaned)
+
+
 @lru_cache(maxsize=1)
 def chinese_segmenter() -> Callable[[str], list[str]]:
     """jieba's words of a text. Raises ValueError with a hint when jieba is not installed."""
