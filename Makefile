@@ -40,6 +40,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #= LIMIT      limit=VALUE               only so many samples of each task
 #= SEED       seed=VALUE                seed of samples and policies
 #= SLOTS      slots=VALUE               samples side by side; answers do not depend on it
+#= GRAPHS     graphs=VALUE              true: decoding steps as CUDA graphs; answers do not depend on it
 #= CHUNK      chunk=VALUE               tokens of a prompt per forward pass
 #= DEVICE     device=VALUE              where the model runs: cpu, cuda
 #= DTYPE      dtype=VALUE               float32, bfloat16
@@ -191,8 +192,9 @@ anatomy: .venv/.stamp ## what each policy keeps, and where keys point: ten minut
 
 ##@ Speed (results/bench)
 
-bench: .venv/.stamp ## the engine beside model.generate and kvpress: half an hour on a quiet machine
+bench: .venv/.stamp ## the engine beside model.generate and kvpress, in float32 and bfloat16: an hour on a quiet machine
 	$(MODULE).bench $(if $(KVPRESS_PYTHON),--kvpress-python '$(value KVPRESS_PYTHON)')
+	$(MODULE).bench --dtype bfloat16
 bench-gpu: .venv/.stamp ## Llama-3.1-8B's shape with random weights on a CUDA device
 	$(MODULE).bench.gpu
 

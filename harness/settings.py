@@ -44,6 +44,8 @@ class CellSettings:
     shard: Any = field(default=None, metadata=_SAME_ROWS)
     seed: int = 0
     slots: int = field(default=8, metadata=_SAME_ROWS)  # sequences side by side
+    # decoding steps as CUDA graphs: faster on a GPU, the same answers
+    graphs: bool = field(default=False, metadata=_SAME_ROWS)
     chunk: int = 128  # prompt tokens per pass and sequence
     attention: str = "sdpa"  # sdpa | flash | reference
     device: str = "cpu"  # cpu | cuda | cuda:N

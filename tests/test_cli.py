@@ -170,6 +170,7 @@ def ids(rows: list[dict]) -> list[str]:
         ),
         ("slots=0", "slots must be >= 1, got 0"),
         ("chunk=0", "chunk must be >= 1, got 0"),
+        ("graphs=true", "graphs=true needs a CUDA device"),
         ("seed=x", "Value 'x' of type 'str' could not be converted to Integer"),
         ("sampling.temperature=-1", "sampling.temperature must be >= 0 and finite, got -1.0"),
         ("sampling.heat=1", "unknown sampling option 'heat'. Available: temperature, top_k, "),

@@ -104,6 +104,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             runs.run(name)
         runs.run("needle", {"num_needles": 3, "num_asked": 2})
         runs.run("fidelity", {"reference": "gold"})
+        save_mixture(folder / "scbench_summary_with_needles.jsonl")
+        runs.run("scbench", {"families": ["mix_sum_niah"], "data": str(folder)})
         for policy in choices("policy"):
             runs.run("needle", policy=policy, question="after", budget="128")
         for codec in choices("codec"):
@@ -121,6 +123,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         rescore_cell(path)
         runs.note("needle", path)
         yield runs
+
+
+def save_mixture(path: Path) -> None:
+    """A context of SCBench whose two turns are scored in different ways."""
+    tasks = {"scbench_summary": "Trees, tall.", "scbench_passkey": "71432"}
+    turns = [{"input": "What?", "answer": answer, "task": task} for task, answer in tasks.items()]
+    row = {"context": "Trees are tall. The pass key is 71432.", "id": 0, "multi_turns": turns}
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
 def _raises(error: Exception) -> Any:  # Any: stands for a method

@@ -16,7 +16,7 @@ from kvarena.harness.settings import CellSettings, RunSettings
 from kvarena.harness.studies.reference import REPOSITORY
 from toy_folder import save_haystack, save_model_folder, toy_cell, toy_overrides
 
-SAME_ROWS = {"limit", "shard", "slots"}
+SAME_ROWS = {"limit", "shard", "slots", "graphs"}
 GROUPS = {"task", "policy", "shape", "codec", "model"}
 # Another value of every plain setting, as it would be typed.
 OTHERS = {
@@ -29,6 +29,7 @@ OTHERS = {
     "shard": "1/1",
     "seed": "3",
     "slots": "3",
+    "graphs": "false",  # a CPU has none
     "chunk": "64",
     "attention": "reference",
     "device": "cpu:0",

@@ -9,9 +9,11 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from kvarena.harness.bench.dtypes import dtypes
 from kvarena.harness.bench.engine_cases import decode, prefill
 from kvarena.harness.bench.jobs import jobs
 from kvarena.harness.bench.measure import Case, TimedCase
+from kvarena.harness.bench.neighbour import neighbour
 from kvarena.harness.bench.peers import (
     KvpressServer,
     dynamic_cache_decode,
@@ -22,10 +24,10 @@ from kvarena.harness.bench.phases import phases
 from kvarena.harness.bench.roofline import roofline
 from kvarena.harness.bench.sections import Section, chosen, quiet_command, run_sections
 from kvarena.harness.bench.sizes import CHIEF, DEFAULT, FULL, QUICK, Sizes, evicting_policies
-from kvarena.harness.bench.subjects import Subject, bundled_model, toy
+from kvarena.harness.bench.subjects import BUNDLED_MODEL, Subject, of_name
 from kvarena.harness.bench.targets import targets
 
-SECTIONS = ("prefill", "decode", "policies", "phases", "job", "roofline")
+SECTIONS = ("prefill", "decode", "policies", "phases", "job", "roofline", "dtypes", "neighbour")
 
 
 def prefills(subject: Subject, sizes: Sizes, kvpress: KvpressServer | None) -> list[TimedCase]:
@@ -106,6 +108,8 @@ def policies(subject: Subject, sizes: Sizes) -> list[TimedCase]:
         )
         for policy in evicting_policies()
     ]
+    rhythms = [("full", 1)]
+    rhythms += [(policy, every) for every in sizes.evict_every for policy in evicting_policies()]
     found += [
         decode(
             subject,
@@ -113,18 +117,22 @@ def policies(subject: Subject, sizes: Sizes) -> list[TimedCase]:
             section="policies",
             slots=slots,
             cache_tokens=cache_tokens,
-            passes=sizes.passes,
+            passes=max(sizes.passes, evict_every),
+            evict_every=evict_every,
         )
         for slots, cache_tokens in sizes.policy_shapes
-        for policy in ("full", *evicting_policies())
+        for policy, evict_every in rhythms
     ]
     return found
 
 
 def sections(
-    subject: Subject, sizes: Sizes, kvpress: KvpressServer | None = None
+    subject: Subject,
+    sizes: Sizes,
+    stack: contextlib.ExitStack,
+    kvpress: KvpressServer | None = None,
 ) -> dict[str, Section]:
-    """What ``--only`` can name, in the order of a whole run."""
+    """What ``--only`` can name, in the order of a whole run; processes end with ``stack``."""
     return {
         "prefill": Section(cases=lambda: prefills(subject, sizes, kvpress), rounds=sizes.rounds),
         "decode": Section(cases=lambda: decodes(subject, sizes), rounds=sizes.rounds),
@@ -132,6 +140,8 @@ def sections(
         "phases": Section(cases=lambda: phases(subject, sizes), rounds=sizes.rounds),
         "job": Section(cases=lambda: jobs(subject, sizes, kvpress), rounds=sizes.job_rounds),
         "roofline": Section(cases=lambda: roofline(subject, sizes), rounds=sizes.rounds),
+        "dtypes": Section(cases=lambda: dtypes(subject, sizes), rounds=sizes.rounds),
+        "neighbour": Section(cases=lambda: neighbour(subject, sizes, stack), rounds=sizes.rounds),
     }
 
 
@@ -141,19 +151,25 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a toy model: does it run at all?")
     size.add_argument("--full", action="store_true", help="jobs of 32 prompts and more rounds")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--only", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--kvpress-python", metavar="FILE", help="an interpreter that has kvpress")
     parser.add_argument("--results", type=Path, default=Path("results/bench"), metavar="FOLDER")
     with quiet_command(), contextlib.ExitStack() as stack:
         options = parser.parse_args()
         sizes = QUICK if options.quick else FULL if options.full else DEFAULT
-        subject = toy() if options.quick else bundled_model()
+        subject = of_name("toy" if options.quick else BUNDLED_MODEL, options.dtype)
         kvpress = None
         if options.kvpress_python:
             kvpress = stack.enter_context(KvpressServer(options.kvpress_python, subject.folder))
-        wanted = chosen(sections(subject, sizes, kvpress), options.only)
-        stem = options.results / "-".join(filter(None, (sizes.name, options.only)))
-        print(run_sections(subject, wanted, lambda measured: targets(measured, sizes), stem))
+        wanted = chosen(sections(subject, sizes, stack, kvpress), options.only)
+        dtype = options.dtype if options.dtype != "float32" else None
+        stem = options.results / "-".join(filter(None, (sizes.name, dtype, options.only)))
+        print(
+            run_sections(
+                subject, wanted, lambda measured: targets(measured, sizes, options.dtype), stem
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -69,11 +69,15 @@ def decode(
     cache_tokens: int,
     passes: int,
     attention: str = "sdpa",
+    evict_every: int = 1,
 ) -> TimedCase:
-    """Passes that write one token in every slot and evict one: ``pass_sec``, tokens per second.
+    """Passes that write one token in every slot: ``pass_sec``, tokens per second.
 
-    The slots are filled anew at each visit, whose first pass is not timed.
+    Every ``evict_every``-th of them evicts as many. The slots are filled anew at each visit, whose
+    first pass is not timed.
     """
+
+    evicts = build(load_choice("policy", policy)).evicts
 
     def write() -> dict[str, float]:
         pass_sec = warm_pass_sec(
@@ -83,6 +87,7 @@ def decode(
             cache_tokens=cache_tokens,
             passes=passes,
             attention=attention,
+            evict_every=evict_every,
         )
         return {"pass_sec": pass_sec, "decode_tokens_per_sec": slots / pass_sec}
 
@@ -94,6 +99,7 @@ def decode(
             attention=attention,
             slots=slots,
             cache_tokens=cache_tokens,
+            evict_every=evict_every if evicts else None,
         ),
         run=write,
     )

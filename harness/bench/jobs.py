@@ -62,7 +62,24 @@ def jobs(subject: Subject, sizes: Sizes, kvpress: KvpressServer | None) -> list[
     """The needle job and the job of long answers, through each system."""
     needle = subject.needle_prompts(sizes.job_lengths, sizes.job_prompts)
     answers = [(prompt, 0) for prompt in subject.short_prompts(sizes.answer_prompts)]
-    needle_case = Case(
+    needle_case, answer_case = needle_job(sizes), answer_job(sizes)
+    found = []
+    for case, prompts in ((needle_case, needle), (answer_case, answers)):
+        assert case.new_tokens is not None, "set above"
+        alone = replace(
+            case, system="generate", policy="full", budget_tokens=None, chunk_tokens=None, slots=1
+        )
+        found.append(engine_job(subject, case, prompts))
+        found.append(generate_job(subject, alone, prompts, case.new_tokens))
+    if kvpress is not None:  # its BlockPress compresses prompts only, so it has no part in answers
+        case = replace(needle_case, system="kvpress", slots=1)
+        found.append(kvpress_job(kvpress, case, needle, sizes.job_new_tokens))
+    return found
+
+
+def needle_job(sizes: Sizes) -> Case:
+    """Long prompts with short answers."""
+    return Case(
         section="job",
         what="needle_job",
         policy=_POLICY,
@@ -72,27 +89,20 @@ def jobs(subject: Subject, sizes: Sizes, kvpress: KvpressServer | None) -> list[
         chunk_tokens=sizes.chunk_tokens,
         slots=sizes.job_slots,
     )
-    answer_case = replace(
-        needle_case,
+
+
+def answer_job(sizes: Sizes) -> Case:
+    """Short prompts with long answers, under a budget that binds while they are written."""
+    return replace(
+        needle_job(sizes),
         what="answer_job",
         new_tokens=sizes.answer_new_tokens,
         budget_tokens=sizes.answer_budget_tokens,
     )
-    found = []
-    for case, prompts in ((needle_case, needle), (answer_case, answers)):
-        assert case.new_tokens is not None, "set above"
-        alone = replace(
-            case, system="generate", policy="full", budget_tokens=None, chunk_tokens=None, slots=1
-        )
-        found.append(_engine_job(subject, case, prompts))
-        found.append(generate_job(subject, alone, prompts, case.new_tokens))
-    if kvpress is not None:  # its BlockPress compresses prompts only, so it has no part in answers
-        case = replace(needle_case, system="kvpress", slots=1)
-        found.append(kvpress_job(kvpress, case, needle, sizes.job_new_tokens))
-    return found
 
 
-def _engine_job(subject: Subject, case: Case, prompts: Prompts) -> TimedCase:
+def engine_job(subject: Subject, case: Case, prompts: Prompts) -> TimedCase:
+    """All prompts through the slots of one engine."""
     chunk_tokens, slots = case.chunk_tokens or 1, case.slots or 1
 
     def work(some: Prompts) -> dict[str, float]:

@@ -21,6 +21,8 @@ class Case:
 
     section, what: part of the bench, and the work; system: kvarena, generate (transformers),
     dynamic_cache (transformers' model called in a loop), kvpress or machine.
+    evict_every: decoding passes between two evictions; beside: what else the processor has to do;
+    waiting: OpenMP's settings, where they are what is compared.
     """
 
     section: str
@@ -34,6 +36,9 @@ class Case:
     chunk_tokens: int | None = None
     slots: int | None = None
     cache_tokens: int | None = None
+    evict_every: int | None = None
+    beside: str | None = None
+    waiting: str | None = None
 
 
 LABELS = [label.name for label in fields(Case)]

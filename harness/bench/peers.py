@@ -4,17 +4,14 @@ All of them attend through sdpa and hold a DynamicCache. kvpress runs in an inte
 (KVPRESS_PYTHON), since it needs an older transformers.
 """
 
-import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvarena.harness.bench.line_worker import LineWorker
 from kvarena.harness.bench.measure import Case, TimedCase, now_sec
 from kvarena.harness.bench.memory import peak_bytes
 from kvarena.harness.bench.subjects import Subject
@@ -116,7 +113,7 @@ def generate_job(subject: Subject, case: Case, prompts: Prompts, new_tokens: int
     return TimedCase(case=case, run=lambda: work(prompts), warm=warm)
 
 
-class KvpressServer:
+class KvpressServer(LineWorker):
     """A process with kvpress that does one job per line; use as a context manager.
 
     Raises UsageError if the interpreter cannot run it.
@@ -128,52 +125,29 @@ class KvpressServer:
         script = Path(__file__).with_name("kvpress_server.py")
         threads = str(torch.get_num_threads())
         try:
-            self._process = subprocess.Popen(
-                # Isolated: this folder would else hide modules of the same names.
+            # Isolated: this folder would else hide modules of the same names.
+            super().__init__(
                 [python, "-I", str(script), folder, threads],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
+                "the interpreter of KVPRESS_PYTHON stopped (its own message is above); it needs "
+                "torch, kvpress and transformers below 5.3",
             )
         except OSError as error:
             raise UsageError(f"KVPRESS_PYTHON={python} cannot be started: {error}") from error
-        self.versions = self._read()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._process.communicate()  # the end of its input ends it
+        self.versions = self.answer()
 
     def work(
         self, prompts: Prompts, *, budget_tokens: int, block_tokens: int, new_tokens: int
     ) -> float:
         """Seconds for the prompts one after the other: BlockPress(KeyDiff), exact new tokens."""
-        job = {
-            "prompts": [[list(prompt), question] for prompt, question in prompts],
-            "budget_tokens": budget_tokens,
-            "block_tokens": block_tokens,
-            "new_tokens": new_tokens,
-        }
-        assert self._process.stdin is not None, "asked for above"
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return self._read()["job_sec"]
-
-    def _read(self) -> dict[str, Any]:  # Any: JSON values
-        assert self._process.stdout is not None, "asked for above"
-        line = self._process.stdout.readline()
-        if not line:
-            raise UsageError(
-                "the interpreter of KVPRESS_PYTHON stopped (its own message is above); it needs "
-                "torch, kvpress and transformers below 5.3"
-            )
-        return json.loads(line)
+        self.ask(
+            {
+                "prompts": [[list(prompt), question] for prompt, question in prompts],
+                "budget_tokens": budget_tokens,
+                "block_tokens": block_tokens,
+                "new_tokens": new_tokens,
+            }
+        )
+        return self.answer()["job_sec"]
 
 
 def kvpress_job(server: KvpressServer, case: Case, prompts: Prompts, new_tokens: int) -> TimedCase:

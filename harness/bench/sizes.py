@@ -2,20 +2,20 @@
 
 from dataclasses import dataclass
 
-from kvarena.harness.registry import build, load_choice, ready_policies
+from kvarena.harness.registry import build, load_choice
 from kvarena.policies.base import Policy
 
+# All others cost as one of these does: they score keys, new tokens or attention.
+_EVICTING = ("streaming_llm", "keydiff", "l2norm", "tova", "snapkv", "h2o")
 # Measured at every length and width: the cheapest rule there is, and the one that kvpress has.
 CHIEF = ("streaming_llm", "keydiff")
 
 
 def evicting_policies(*, see_attention: bool | None = None) -> list[str]:
-    """Those that evict and need no trained file; of them those that see attention, or do not."""
-    found = {name: build(load_choice("policy", name)) for name in ready_policies()}
+    """Those that are measured; of them those that see attention, or do not."""
+    found = {name: build(load_choice("policy", name)) for name in _EVICTING}
     return [
-        name
-        for name, policy in found.items()
-        if policy.evicts and see_attention in (None, _sees_attention(policy))
+        name for name, policy in found.items() if see_attention in (None, _sees_attention(policy))
     ]
 
 
@@ -32,7 +32,7 @@ class Sizes:
     wide_lengths: prompts read in chunks of wide_chunk_tokens, and at once by the peers;
     policy_length: the prompt on which all policies are compared.
     slots x caches: the grid of decoding; policy_shapes: (slots, cache) where all policies are
-    compared; passes: timed at each visit of a state that is full.
+    compared; passes: timed at each visit of a state that is full; evict_every: of their decoding.
     job_prompts prompts of job_lengths by turns with job_new_tokens answers; answer_prompts short
     prompts with answer_new_tokens under answer_budget_tokens (MATH-like); job_slots: for both.
     matmul_rows, stream_floats: sizes at which the machine's own rates are taken.
@@ -43,14 +43,15 @@ class Sizes:
     job_rounds: int
     budget_tokens: int = 512
     chunk_tokens: int = 128
-    lengths: tuple[int, ...] = (1000, 2000, 4000, 8000)
+    lengths: tuple[int, ...] = (1000, 8000)
     wide_chunk_tokens: int = 256
-    wide_lengths: tuple[int, ...] = (1000, 2000, 4000, 7000)
+    wide_lengths: tuple[int, ...] = (1000, 7000)
     policy_length: int = 4000
     slots: tuple[int, ...] = (1, 4, 8, 16)
     caches: tuple[int, ...] = (512, 1024, 2048)
     policy_shapes: tuple[tuple[int, int], ...] = ((1, 512), (8, 512), (8, 2048))
     passes: int = 4
+    evict_every: tuple[int, ...] = (1, 16)
     job_prompts: int = 16
     job_lengths: tuple[int, ...] = (1000, 2000, 3000, 4000)
     job_new_tokens: int = 24
@@ -79,6 +80,7 @@ QUICK = Sizes(
     caches=(48, 96),
     policy_shapes=((2, 48),),
     passes=2,
+    evict_every=(1, 2),
     job_prompts=4,
     job_lengths=(64, 128),
     job_new_tokens=4,

@@ -16,6 +16,7 @@ from kvarena.tasks.base import Tokenizer
 from kvarena.tasks.haystack import BUNDLED, load_sentences
 from kvarena.tasks.needle import Needle
 
+BUNDLED_MODEL = "smollm2-135m"  # what an installed package carries
 _TOY = LlamaConfig(
     vocab_size=128,
     hidden_size=64,
@@ -69,6 +70,11 @@ class Subject:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def dtype(self) -> str:
+        """As the setting ``dtype`` names it."""
+        return str(self.model.dtype).removeprefix("torch.")
+
     def needle_prompts(self, lengths: tuple[int, ...], number: int) -> list[tuple[list[int], int]]:
         """Prompts of the lengths by turns, each with its number of question tokens at the end."""
         if self.tokenizer is None:
@@ -107,9 +113,9 @@ class Subject:
         ]
 
 
-def bundled_model(name: str = "smollm2-135m") -> Subject:
-    """A real model in float32 on the CPU, and the King James Bible in its tokens."""
-    model, tokenizer = load_model(name, dtype="float32")
+def bundled_model(dtype: str = "float32", name: str = BUNDLED_MODEL) -> Subject:
+    """A real model on the CPU, and the King James Bible in its tokens."""
+    model, tokenizer = load_model(name, dtype=dtype)
     verses = " ".join(load_sentences(BUNDLED)[:_VERSES])
     return Subject(
         name=name,
@@ -118,6 +124,13 @@ def bundled_model(name: str = "smollm2-135m") -> Subject:
         tokenizer=tokenizer,
         folder=locate(find_model(name)),
     )
+
+
+def of_name(name: str, dtype: str) -> Subject:
+    """The subject of that name on the CPU, for another process to run on the same."""
+    if name == "toy":
+        return toy(dtype=getattr(torch, dtype))
+    return bundled_model(dtype, name)
 
 
 def toy(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Subject:

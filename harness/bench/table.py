@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 import transformers
 
+from kvarena.harness import openmp
 from kvarena.harness.bench.phases import PHASES
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.files import replacing
@@ -39,10 +40,11 @@ def machine_columns(subject: Subject) -> dict[str, str | int]:
     """What every line of the CSV says of the machine and the software."""
     return {
         "model": subject.name,
-        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "dtype": subject.dtype,
         "device": subject.device.type,
         "processor": _processor(subject.device),
         "threads": torch.get_num_threads(),
+        "thread_waiting": openmp.waiting(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit_label(),
@@ -81,6 +83,16 @@ def markdown(summary: pd.DataFrame, held: pd.DataFrame, columns: Mapping[str, st
         ("policies", "ttft_sec"): "All policies: time to first token, s",
         ("policies", "pass_sec"): "All policies: decode step, s, by slots and cache",
         ("job", "samples_per_min"): "Jobs, samples per minute",
+        ("dtypes", "pass_sec"): "Data types: a pass, s, by slots and cache",
+        ("dtypes", "samples_per_min"): "Data types: samples per minute",
+        (
+            "neighbour",
+            "decode_tokens_per_sec",
+        ): "Beside other work: decode, tokens/s of all workers",
+        (
+            "neighbour",
+            "prefill_tokens_per_sec",
+        ): "Beside other work: prefill, tokens/s of all workers",
         ("end_to_end", "end_to_end_sec"): "Prompt and answer, s",
     }
     for (section, metric), title in titles.items():
@@ -103,7 +115,9 @@ def markdown(summary: pd.DataFrame, held: pd.DataFrame, columns: Mapping[str, st
 
 def _across(lines: pd.DataFrame) -> pd.DataFrame:
     """One row per system and policy, one column per size."""
-    if lines["prompt_tokens"].notna().all():
+    if lines["beside"].notna().all():
+        sizes = "beside " + lines["beside"]
+    elif lines["prompt_tokens"].notna().all():
         lines = lines.sort_values("prompt_tokens", kind="stable")
         sizes = lines["prompt_tokens"].astype(int).map("{} tokens".format)
     elif lines["cache_tokens"].notna().all():
@@ -112,7 +126,7 @@ def _across(lines: pd.DataFrame) -> pd.DataFrame:
     else:  # jobs, each of which has a budget of its own
         sizes = lines["what"].str.replace("_", " ")
         lines = lines.assign(budget_tokens=None)
-    settings = ("attention", "budget_tokens", "chunk_tokens")
+    settings = ("attention", "budget_tokens", "chunk_tokens", "evict_every", "waiting")
     rows = ["system", "policy", *(name for name in settings if lines[name].nunique() > 1)]
     keyed = lines.assign(size=sizes)
     for name in rows:

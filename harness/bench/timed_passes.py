@@ -19,8 +19,9 @@ def full_slots(
     passes: int,
     chunk_tokens: int | None = None,
     attention: str = "sdpa",
+    evict_every: int = 1,
 ) -> Batch:
-    """A batch of ``slots`` requests with cache_tokens each, which the next pass must evict from.
+    """A batch of ``slots`` requests with cache_tokens each, which a pass must soon evict from.
 
     chunk_tokens: None: every pass writes one token per slot; else it reads so many. A policy that
     keeps everything grows by what each pass adds.
@@ -32,6 +33,7 @@ def full_slots(
         chunk_tokens=chunk_tokens or 128,
         slots=slots,
         attention=attention,
+        evict_every=evict_every,
     )
     # While reading, the prompt goes on after the last pass, so that no pass chooses a token.
     num_read = (passes + 1) * (chunk_tokens or 0)
@@ -61,8 +63,12 @@ def warm_pass_sec(
     passes: int,
     chunk_tokens: int | None = None,
     attention: str = "sdpa",
+    evict_every: int = 1,
 ) -> float:
-    """Mean seconds of ``passes`` in slots filled anew, after a first pass that is not timed."""
+    """Mean seconds of ``passes`` in slots filled anew, after a first pass that is not timed.
+
+    passes: a multiple of evict_every, so that as many of them evict as in a long answer.
+    """
     batch = full_slots(
         subject,
         policy,
@@ -71,6 +77,7 @@ def warm_pass_sec(
         passes=passes + 1,
         chunk_tokens=chunk_tokens,
         attention=attention,
+        evict_every=evict_every,
     )
     run_passes(batch, 1)
     return run_passes(batch, passes)

@@ -17,6 +17,7 @@ from kvarena.harness.engine.eviction import Eviction
 from kvarena.harness.engine.limits import (
     check_attention,
     check_context,
+    check_graphs,
     context_tokens,
 )
 from kvarena.harness.errors import UsageError
@@ -66,6 +67,8 @@ class Cell:
         # How many layers share it nobody knows yet, so samples() asks once more.
         replace(self.eviction(num_layers=1), shape=Uniform()).check(self.bound.tokens)
         devices.check_device(self.settings.device)
+        if self.settings.graphs:
+            check_graphs(self.settings.device, self.eviction(num_layers=1), codes=self.codec.codes)
         check_attention(self.settings.attention, self.settings.device, self.torch_dtype)
         for name in ("codec", "model", "shard"):
             getattr(self, name)  # made now, so that what is wrong with it is told now
@@ -361,6 +364,7 @@ class Cell:
             chunk_tokens=self.settings.chunk,
             slots=slots or self.settings.slots,
             attention=self.settings.attention,
+            graphs=self.settings.graphs and own,
         )
 
     def part(self, samples: Sequence[Sample]) -> list[Sample]:

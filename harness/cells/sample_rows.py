@@ -258,6 +258,7 @@ def _row(
         "decode_tokens_per_sec": generation.decode_tokens_per_sec,
         "compressed": generation.has_evicted,
         "slots": min(job.cell.settings.slots, num_samples),
+        "graphs": job.cell.settings.graphs,
     }
     if generation.error is not None:
         row |= {"status": "invalid", "error": generation.error}

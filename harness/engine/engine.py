@@ -20,7 +20,7 @@ from kvarena.harness.engine.batch import Batch, Recording
 from kvarena.harness.engine.cuda_graphs import GraphedBatch
 from kvarena.harness.engine.eviction import Eviction
 from kvarena.harness.engine.generation import Generation, in_order
-from kvarena.harness.engine.limits import check_architecture, check_attention
+from kvarena.harness.engine.limits import check_architecture, check_attention, check_graphs
 from kvarena.harness.engine.request import Request, settled
 from kvarena.harness.engine.rotary import KeyRotator
 from kvarena.harness.errors import UsageError
@@ -80,14 +80,9 @@ class Engine:
             every=evict_every,
         )
         self.eviction.check(budget_tokens)
-        codes = codec is not None and codec.codes
-        is_steady = isinstance(self.eviction.shape, Uniform) and evict_every == 1
-        looks_ahead = bool(policy.needs.token_scores)  # in numbers that a graph would repeat
-        if graphs and (model.device.type != "cuda" or codes or looks_ahead or not is_steady):
-            raise UsageError(
-                "graphs=true needs a CUDA device, codec=none, shape=uniform, evict_every=1 and a "
-                "policy that does not look ahead; leave it out"
-            )
+        if graphs:
+            codes = codec is not None and codec.codes
+            check_graphs(model.device.type, self.eviction, codes=codes)
         self.model = model
         self.policy = policy
         self.codec = codec or NoCodec()

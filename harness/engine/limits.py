@@ -6,8 +6,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvarena.harness.engine.attention import KERNELS
+from kvarena.harness.engine.eviction import Eviction
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import one_of
+from kvarena.shapes.uniform import Uniform
 
 
 def check_attention(attention: str, device: str, dtype: torch.dtype) -> None:
@@ -22,6 +24,17 @@ def check_attention(attention: str, device: str, dtype: torch.dtype) -> None:
         )
     if not device.startswith("cuda") or dtype == torch.float32:
         raise UsageError("attention=flash runs on cuda in bfloat16 or float16; use attention=sdpa")
+
+
+def check_graphs(device: str, eviction: Eviction, *, codes: bool) -> None:
+    """Raise UsageError where decoding steps cannot be CUDA graphs. codes: whether a codec does."""
+    is_steady = isinstance(eviction.shape, Uniform) and eviction.every == 1
+    looks_ahead = bool(eviction.policy.needs.token_scores)  # in numbers that a graph would repeat
+    if not device.startswith("cuda") or codes or looks_ahead or not is_steady:
+        raise UsageError(
+            "graphs=true needs a CUDA device, codec=none, shape=uniform, evict_every=1 and a "
+            "policy that does not look ahead; leave it out"
+        )
 
 
 def check_architecture(model: PreTrainedModel) -> None:

@@ -300,6 +300,7 @@ ROWS = (
         "between equal `slots` only",
         low=1,
     ),
+    Column("graphs", bool, "", "whether decoding steps ran as CUDA graphs where they could"),
     Column("seed", int, "", "seed of the run"),
     Column("run_id", str, "name", "the run folder that the row comes from"),
 )
