@@ -220,7 +220,7 @@ def test_the_loop_over_a_dynamic_cache_holds_as_many_tokens_as_the_engine(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = []
-    forward = subject.model.forward
+    forward = subject.stock.forward
 
     def spy(*args: object, **kwargs: object) -> object:
         output = forward(*args, **kwargs)
@@ -228,7 +228,7 @@ def test_the_loop_over_a_dynamic_cache_holds_as_many_tokens_as_the_engine(
         return output
 
     subject.keys_and_values(40)
-    monkeypatch.setattr(subject.model, "forward", spy)
+    monkeypatch.setattr(subject.stock, "forward", spy)
     timed = dynamic_cache_decode(subject, section="decode", slots=3, cache_tokens=40, passes=2)
     timed.run()
     assert held == [(3, 2, 41 + n, 16) for n in range(3)]

@@ -24,7 +24,7 @@ Prompts = Sequence[tuple[list[int], int]]  # token ids, and how many of the last
 def generate(subject: Subject, prompt: Sequence[int], new_tokens: int) -> Tensor:
     """``model.generate`` of one prompt: greedy, exactly so many new tokens, full attention."""
     input_ids = torch.tensor([list(prompt)], device=subject.device)
-    return subject.model.generate(
+    return subject.stock.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=new_tokens,
@@ -68,7 +68,7 @@ def dynamic_cache_decode(
 
     @torch.inference_mode()
     def write() -> dict[str, float]:
-        cache = DynamicCache(config=subject.model.config)
+        cache = DynamicCache(config=subject.stock.config)
         for index, (keys, values) in enumerate(subject.keys_and_values(cache_tokens)):
             cache.update(keys.repeat(slots, 1, 1, 1), values.repeat(slots, 1, 1, 1), index)
         tokens = torch.full((slots, 1), subject.text[cache_tokens], device=subject.device)
@@ -76,7 +76,7 @@ def dynamic_cache_decode(
         for number in range(passes + 1):
             if number == 1:  # the first pass is not timed, as for the engine
                 started = now_sec(subject.device)
-            logits = subject.model(input_ids=tokens, past_key_values=cache).logits
+            logits = subject.stock(input_ids=tokens, past_key_values=cache).logits
             tokens = logits[:, -1:].argmax(dim=-1)
             tokens.tolist()  # a real loop looks at each token, to stop
         pass_sec = (now_sec(subject.device) - started) / passes

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from kvarena.harness.bench.measure import Case, TimedCase, now_sec
 from kvarena.harness.bench.sizes import Sizes
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.bench.timed_passes import warm_pass_sec
+from kvarena.harness.models.packed_linear import PackedLinear
 
 POLICY = "keydiff"
 _REPEATS = 3  # of a machine's rate at each visit; the fastest counts
@@ -50,17 +50,17 @@ def roofline(subject: Subject, sizes: Sizes) -> list[TimedCase]:
 def machine(subject: Subject, matmul_rows: int, stream_floats: int) -> list[TimedCase]:
     """``matmul_flops_per_sec`` in the model's data type and ``memory_bytes_per_sec``."""
     model = subject.model
-    weights = [layer.weight for layer in _linear_layers(model)]
+    layers = _linear_layers(model)
     inputs = {
         width: torch.randn(matmul_rows, width, device=model.device, dtype=model.dtype)
-        for width in {weight.shape[1] for weight in weights}
+        for width in {layer.in_features for layer in layers}
     }
-    flops = 2 * matmul_rows * sum(weight.numel() for weight in weights)
+    flops = 2 * matmul_rows * sum(map(_weights, layers))
 
     @torch.inference_mode()
     def multiply() -> None:
-        for weight in weights:
-            F.linear(inputs[weight.shape[1]], weight)
+        for layer in layers:
+            layer(inputs[layer.in_features])
 
     def matmul() -> dict[str, float]:
         return {"matmul_flops_per_sec": flops / _fastest_sec(multiply, model.device)}
@@ -126,8 +126,8 @@ def pass_flops(
     """Operations of linear layers and attention, a multiply-add as two; only pairs a query sees."""
     config = model.config.get_text_config()
     output = model.get_output_embeddings()
-    linear = sum(layer.weight.numel() for layer in _linear_layers(model)) * slots * new_tokens
-    chosen = output.weight.numel() * slots if writes else 0
+    linear = sum(map(_weights, _linear_layers(model))) * slots * new_tokens
+    chosen = _weights(output) * slots if writes else 0
     pairs = slots * (new_tokens * cache_tokens + new_tokens * (new_tokens + 1) // 2)
     # Queries with keys, then weights with values: a product of length D each, in every query head.
     attention = 2 * pairs * config.num_attention_heads * config.head_dim * config.num_hidden_layers
@@ -137,10 +137,10 @@ def pass_flops(
 def pass_bytes(model: PreTrainedModel, slots: int, cache_tokens: int) -> float:
     """Bytes that a pass has to read: every weight once, and the keys and values of all slots."""
     config = model.config.get_text_config()
-    weights = sum(layer.weight.nbytes for layer in _linear_layers(model))
-    weights += model.get_output_embeddings().weight.nbytes
+    weights = sum(map(_weights, _linear_layers(model)))
+    weights += _weights(model.get_output_embeddings())
     per_token = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-    return float(weights + slots * cache_tokens * per_token * model.dtype.itemsize)
+    return float((weights + slots * cache_tokens * per_token) * model.dtype.itemsize)
 
 
 def with_fractions(measured: pd.DataFrame) -> pd.DataFrame:
@@ -159,12 +159,18 @@ def with_fractions(measured: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(pieces, ignore_index=True)
 
 
-def _linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
+def _linear_layers(model: PreTrainedModel) -> list[nn.Linear | PackedLinear]:
     """All of them but the output layer, which a pass that reads does not use."""
     output = model.get_output_embeddings()
     return [
-        layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not output
+        layer
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear | PackedLinear) and layer is not output
     ]
+
+
+def _weights(layer: nn.Linear | PackedLinear) -> int:
+    return layer.in_features * layer.out_features
 
 
 def _fastest_sec(work: Callable[[], object], device: torch.device) -> float:

@@ -57,10 +57,12 @@ class Subject:
     """text: token ids; tokenizer: None for random weights, whose text is random as well.
 
     folder: where another interpreter can read the same weights; None if nowhere.
+    stock: for the peers: the same model as transformers loads it, where ours differs.
     """
 
     name: str
     model: PreTrainedModel
+    stock: PreTrainedModel
     text: list[int]
     tokenizer: Tokenizer | None = None
     folder: str | None = None
@@ -116,10 +118,12 @@ class Subject:
 def bundled_model(dtype: str = "float32", name: str = BUNDLED_MODEL) -> Subject:
     """A real model on the CPU, and the King James Bible in its tokens."""
     model, tokenizer = load_model(name, dtype=dtype)
+    stock, _ = load_model(name, dtype=dtype, packed=False)
     verses = " ".join(load_sentences(BUNDLED)[:_VERSES])
     return Subject(
         name=name,
         model=model,
+        stock=stock,
         text=tokenizer.encode(verses),
         tokenizer=tokenizer,
         folder=locate(find_model(name)),
@@ -152,4 +156,4 @@ def _random_weights(name: str, config: LlamaConfig, device: str, dtype: torch.dt
     generator = torch.Generator().manual_seed(0)
     size = (config.max_position_embeddings,)
     text = torch.randint(3, config.vocab_size, size, generator=generator).tolist()
-    return Subject(name=name, model=model, text=text)
+    return Subject(name=name, model=model, stock=model, text=text)

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models.devices import check_device, resolve_dtype
 from kvarena.harness.models.gguf import packaged_model
+from kvarena.harness.models.packed_linear import pack_linear_layers
 from kvarena.harness.registry import check_location, choices, unknown
 from kvarena.tasks.base import Tokenizer
 
@@ -72,11 +73,15 @@ def find_model(name: str) -> ModelSpec:
 
 
 def load_model(
-    name: str, *, device: str = "cpu", dtype: str = "auto"
+    name: str, *, device: str = "cpu", dtype: str = "auto", packed: bool = True
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """Model in eval mode and tokenizer. Raises UsageError for a name that leads nowhere."""
+    """Model in eval mode and tokenizer. Raises UsageError for a name that leads nowhere.
+
+    packed: linear layers in bfloat16 on a CPU are laid out for speed (packed_linear.py).
+    """
     spec = find_model(name)
-    return load_weights(spec, device=device, dtype=dtype), load_tokenizer(spec)
+    model = load_weights(spec, device=device, dtype=dtype, packed=packed)
+    return model, load_tokenizer(spec)
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
@@ -90,8 +95,13 @@ def load_config(spec: ModelSpec) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(**_source(spec))
 
 
-def load_weights(spec: ModelSpec, *, device: str, dtype: str) -> PreTrainedModel:
-    """dtype: float32 | bfloat16 | float16 | auto (float32 on the CPU, bfloat16 elsewhere)."""
+def load_weights(
+    spec: ModelSpec, *, device: str, dtype: str, packed: bool = True
+) -> PreTrainedModel:
+    """dtype: float32 | bfloat16 | float16 | auto (float32 on the CPU, bfloat16 elsewhere).
+
+    packed: see ``load_model``.
+    """
     check_device(device)
     with _loading(spec):
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -105,7 +115,10 @@ def load_weights(spec: ModelSpec, *, device: str, dtype: str) -> PreTrainedModel
             f"{spec.source!r}, {min(loaded['missing_keys'])} for one; it is incomplete or of "
             "another architecture than its config.json says"
         )
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if packed:
+        pack_linear_layers(model)
+    return model
 
 
 @contextmanager
