@@ -179,7 +179,7 @@ def kvarena(*arguments):
 built = registry.build(registry.load_choice("policy", "middle_out"))
 known = {"choices": registry.choices("policy"), "class": type(built).__name__,
          "file": registry.__file__, "options": vars(built),
-         "benches": sizes.evicting_policies(see_attention=False),
+         "benches": sizes.DEFAULT.with_policies("middle_out").evicting(see_attention=False),
          "studies": kept_tokens.evicting_policies(),
          "policy=all": prepare_arguments(["-m", "policy=all"])[1],
          "columns": [column.name for column in columns_of_tasks()]}

@@ -21,7 +21,7 @@ from kvarena.harness.bench.peers import KvpressServer, dynamic_cache_decode
 from kvarena.harness.bench.phases import PHASES, PhaseClock, clocks
 from kvarena.harness.bench.roofline import pass_bytes, pass_flops, with_fractions
 from kvarena.harness.bench.sections import chosen, run_sections
-from kvarena.harness.bench.sizes import QUICK, evicting_policies
+from kvarena.harness.bench.sizes import QUICK
 from kvarena.harness.bench.subjects import Subject, toy
 from kvarena.harness.bench.targets import check, targets
 from kvarena.harness.bench.timed_passes import full_slots, run_passes
@@ -91,13 +91,25 @@ def test_summary_holds_median_and_quartiles_in_the_order_of_measuring() -> None:
 
 
 def test_policies_are_measured_by_what_they_say_of_themselves() -> None:
-    free, seeing = (evicting_policies(see_attention=sees) for sees in (False, True))
+    free, seeing = (QUICK.evicting(see_attention=sees) for sees in (False, True))
     assert set(free) == {"keydiff", "l2norm", "streaming_llm"}
     assert set(seeing) == {"h2o", "snapkv", "tova"}
-    assert set(evicting_policies()) == {*free, *seeing}
+    assert set(QUICK.evicting()) == {*free, *seeing}
+    more = QUICK.with_policies("caote,lagkv,keydiff")
+    assert set(more.evicting()) == {*free, *seeing, "caote", "lagkv"}
+    assert "caote" in more.evicting(see_attention=True)
 
 
-@pytest.mark.parametrize("policy", ["full", *evicting_policies()])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [("keydif", "Did you mean keydiff"), ("full", "keeps everything"), ("locret", "locret")],
+)
+def test_a_policy_that_cannot_be_measured_is_refused(names: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        QUICK.with_policies(names)
+
+
+@pytest.mark.parametrize("policy", ["full", *QUICK.evicting()])
 def test_a_full_slot_goes_on_as_if_it_had_read_its_text(subject: Subject, policy: str) -> None:
     batch = full_slots(subject, policy, slots=2, cache_tokens=40, passes=3)
     logits = []
@@ -246,7 +258,7 @@ def test_a_whole_quick_run_writes_every_section_and_judges_every_target(
     assert table[["metric", "unit", "median", "rounds", "threads", "torch"]].notna().all(axis=None)
     timed = table[~table["metric"].isin(["clock_overhead_ratio", "idle_while_waiting_passes"])]
     assert (timed["median"] >= 0).all()
-    assert set(table.loc[table["section"] == "phases", "policy"]) == {"full", *evicting_policies()}
+    assert set(table.loc[table["section"] == "phases", "policy"]) == {"full", *QUICK.evicting()}
     judged = pd.read_csv(tmp_path / "quick-targets.csv")
     figures = " ".join(judged["figure"])
     for name in (
@@ -270,7 +282,7 @@ def test_the_gpu_bench_runs_the_same_on_a_toy_without_a_gpu(
     sections = chosen(gpu.sections(subject, sizes), "end_to_end")
     run_sections(subject, sections, lambda m: gpu.targets(m, sizes), tmp_path / "gpu")
     judged = pd.read_csv(tmp_path / "gpu-targets.csv")
-    num_seeing = len(evicting_policies(see_attention=True))
+    num_seeing = len(QUICK.evicting(see_attention=True))
     for kernel in ("reference", "sdpa"):
         told = judged["figure"].str.contains(f"attention={kernel} over keydiff")
         assert told.sum() == num_seeing

@@ -23,7 +23,7 @@ from kvarena.harness.bench.peers import (
 from kvarena.harness.bench.phases import phases
 from kvarena.harness.bench.roofline import roofline
 from kvarena.harness.bench.sections import Section, chosen, quiet_command, run_sections
-from kvarena.harness.bench.sizes import CHIEF, DEFAULT, FULL, QUICK, Sizes, evicting_policies
+from kvarena.harness.bench.sizes import CHIEF, DEFAULT, FULL, QUICK, Sizes
 from kvarena.harness.bench.subjects import BUNDLED_MODEL, Subject, of_name
 from kvarena.harness.bench.targets import targets
 
@@ -47,7 +47,7 @@ def prefills(subject: Subject, sizes: Sizes, kvpress: KvpressServer | None) -> l
     longest, wide = sizes.wide_lengths[-1], sizes.wide_chunk_tokens
     found = [ours(policy, n, sizes.chunk_tokens) for n in sizes.lengths for policy in CHIEF]
     found += [ours(policy, n, wide) for n in sizes.wide_lengths for policy in CHIEF]
-    others = [name for name in evicting_policies(see_attention=False) if name not in CHIEF]
+    others = [name for name in sizes.evicting(see_attention=False) if name not in CHIEF]
     found += [ours(policy, longest, wide) for policy in others]
     for prompt_tokens in sizes.wide_lengths:
         found.append(generate_prefill(subject, section="prefill", prompt_tokens=prompt_tokens))
@@ -106,10 +106,10 @@ def policies(subject: Subject, sizes: Sizes) -> list[TimedCase]:
             budget_tokens=sizes.budget_tokens,
             chunk_tokens=sizes.chunk_tokens,
         )
-        for policy in evicting_policies()
+        for policy in sizes.evicting()
     ]
     rhythms = [("full", 1)]
-    rhythms += [(policy, every) for every in sizes.evict_every for policy in evicting_policies()]
+    rhythms += [(policy, every) for every in sizes.evict_every for policy in sizes.evicting()]
     found += [
         decode(
             subject,
@@ -152,12 +152,14 @@ def main() -> None:
     size.add_argument("--quick", action="store_true", help="a toy model: does it run at all?")
     size.add_argument("--full", action="store_true", help="jobs of 32 prompts and more rounds")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--also", metavar="POLICY", help="more policies to measure: a,b")
     parser.add_argument("--only", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--kvpress-python", metavar="FILE", help="an interpreter that has kvpress")
     parser.add_argument("--results", type=Path, default=Path("results/bench"), metavar="FOLDER")
     with quiet_command(), contextlib.ExitStack() as stack:
         options = parser.parse_args()
         sizes = QUICK if options.quick else FULL if options.full else DEFAULT
+        sizes = sizes.with_policies(options.also)
         subject = of_name("toy" if options.quick else BUNDLED_MODEL, options.dtype)
         kvpress = None
         if options.kvpress_python:

@@ -17,7 +17,7 @@ from kvarena.harness.bench.engine_cases import prefill
 from kvarena.harness.bench.measure import Case, TimedCase, now_sec, select
 from kvarena.harness.bench.roofline import POLICY, machine, rated_pass
 from kvarena.harness.bench.sections import Section, chosen, quiet_command, run_sections
-from kvarena.harness.bench.sizes import evicting_policies
+from kvarena.harness.bench.sizes import Measured
 from kvarena.harness.bench.subjects import Subject, llama_8b, toy
 from kvarena.harness.bench.targets import TARGET_COLUMNS, check
 from kvarena.harness.engine import Engine
@@ -29,7 +29,7 @@ SECTIONS = ("prefill", "roofline", "end_to_end")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuSizes:
+class GpuSizes(Measured):
     """Units: tokens, unless the name says otherwise; see ``bench/sizes.py``.
 
     budgets: N; end_tokens: prompt and answer of end_to_end, under the first of the budgets.
@@ -84,7 +84,7 @@ def sections(subject: Subject, sizes: GpuSizes) -> dict[str, Section]:
 
 def prefills(subject: Subject, sizes: GpuSizes) -> list[TimedCase]:
     """Every policy at every length and budget, and the full cache."""
-    wanted = [(policy, budget) for budget in sizes.budgets for policy in evicting_policies()]
+    wanted = [(policy, budget) for budget in sizes.budgets for policy in sizes.evicting()]
     return [
         prefill(
             subject,
@@ -109,7 +109,7 @@ def passes(subject: Subject, sizes: GpuSizes) -> list[TimedCase]:
                 rated_pass(subject, policy=POLICY, chunk_tokens=sizes.chunk_tokens, **shape)
             )
             found += [
-                rated_pass(subject, policy=name, **shape) for name in ("full", *evicting_policies())
+                rated_pass(subject, policy=name, **shape) for name in ("full", *sizes.evicting())
             ]
     return found
 
@@ -117,17 +117,17 @@ def passes(subject: Subject, sizes: GpuSizes) -> list[TimedCase]:
 def end_to_end(subject: Subject, sizes: GpuSizes) -> list[TimedCase]:
     """A prompt and its answer at one slot; on CUDA also with decoding steps as CUDA graphs."""
     # Without a fast way, to look at attention weights means attention written out.
-    written_out = [(policy, "reference") for policy in evicting_policies(see_attention=True)]
+    written_out = [(policy, "reference") for policy in sizes.evicting(see_attention=True)]
     found = [
         _answer(subject, sizes, policy, attention)
         for policy, attention in [
-            *((policy, "sdpa") for policy in evicting_policies()),
+            *((policy, "sdpa") for policy in sizes.evicting()),
             *written_out,
         ]
     ]
     if subject.device.type == "cuda":
         found += [
-            _answer(subject, sizes, policy, "sdpa", graphs=True) for policy in evicting_policies()
+            _answer(subject, sizes, policy, "sdpa", graphs=True) for policy in sizes.evicting()
         ]
     return found
 
@@ -218,7 +218,7 @@ def _figures(measured: pd.DataFrame, sizes: GpuSizes) -> Iterator[dict[str, obje
     eager = measured[measured["system"] == "kvarena"]
     ours = select(eager, "end_to_end_sec", policy="keydiff", attention="sdpa")
     for attention in ("reference", "sdpa"):
-        for policy in evicting_policies(see_attention=True):
+        for policy in sizes.evicting(see_attention=True):
             theirs = select(eager, "end_to_end_sec", policy=policy, attention=attention)
             yield check(
                 f"prompt and answer, {policy} with attention={attention} over keydiff",
@@ -234,6 +234,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu with --toy")
     parser.add_argument("--toy", action="store_true", help="a tiny model: does it run at all?")
+    parser.add_argument("--also", metavar="POLICY", help="more policies to measure: a,b")
     parser.add_argument("--only", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--results", type=Path, default=Path("results/bench"), metavar="FOLDER")
     with quiet_command():
@@ -241,7 +242,7 @@ def main() -> None:
         check_device(options.device)
         if options.device == "cpu" and not options.toy:
             raise UsageError("device=cpu is too slow for the 8B shape; add --toy or use cuda")
-        sizes = TOY if options.toy else GPU
+        sizes = (TOY if options.toy else GPU).with_policies(options.also)
         subject = (toy if options.toy else llama_8b)(options.device)
         wanted = chosen(sections(subject, sizes), options.only)
         stem = options.results / "-".join(filter(None, (sizes.name, options.only)))

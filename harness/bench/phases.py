@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from kvarena.harness.bench.measure import Case, TimedCase, now_sec
-from kvarena.harness.bench.sizes import Sizes, evicting_policies
+from kvarena.harness.bench.sizes import Sizes
 from kvarena.harness.bench.subjects import Subject
 from kvarena.harness.bench.timed_passes import full_slots, run_passes
 from kvarena.harness.engine import Batch, attention, layer_cache
@@ -101,7 +101,7 @@ def phases(subject: Subject, sizes: Sizes) -> list[TimedCase]:
     return [
         _split(subject, policy, sizes, slots, chunk_tokens)
         for slots, chunk_tokens in shapes
-        for policy in ("full", *evicting_policies())
+        for policy in ("full", *sizes.evicting())
     ]
 
 

@@ -1,8 +1,10 @@
 """What the bench measures, and how much: policies, and every length, width and count."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
-from kvarena.harness.registry import build, load_choice
+from kvarena.harness.errors import UsageError
+from kvarena.harness.registry import build, load_choice, one_of, ready_policies
 from kvarena.policies.base import Policy
 
 # All others cost as one of these does: they score keys, new tokens or attention.
@@ -11,20 +13,36 @@ _EVICTING = ("streaming_llm", "keydiff", "l2norm", "tova", "snapkv", "h2o")
 CHIEF = ("streaming_llm", "keydiff")
 
 
-def evicting_policies(*, see_attention: bool | None = None) -> list[str]:
-    """Those that are measured; of them those that see attention, or do not."""
-    found = {name: build(load_choice("policy", name)) for name in _EVICTING}
-    return [
-        name for name, policy in found.items() if see_attention in (None, _sees_attention(policy))
-    ]
-
-
 def _sees_attention(policy: Policy) -> bool:
     return policy.needs.attention_mass or policy.needs.attention_rows > 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class Measured:
+    """policies: those that evict, and are compared with each other and with the full cache."""
+
+    policies: tuple[str, ...] = _EVICTING
+
+    def evicting(self, *, see_attention: bool | None = None) -> list[str]:
+        """All of them, or those that see attention, or that do not."""
+        return [
+            name
+            for name in self.policies
+            if see_attention in (None, _sees_attention(build(load_choice("policy", name))))
+        ]
+
+    def with_policies(self, names: str | None) -> Self:
+        """Further ones, as ``--also a,b`` has them. Raises UsageError for what cannot be."""
+        also = [name for name in (names or "").split(",") if name]
+        for name in also:
+            one_of("policy", name, ready_policies())
+            if not build(load_choice("policy", name)).evicts:
+                raise UsageError(f"policy {name} keeps everything and is measured as full is")
+        return replace(self, policies=tuple(dict.fromkeys((*self.policies, *also))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes(Measured):
     """Units: tokens, unless the name says otherwise.
 
     rounds: visits of every case; job_rounds: of the jobs, which take minutes each.

@@ -10,7 +10,7 @@ import pandas as pd
 from kvarena.harness.bench.dtypes import SYSTEMS
 from kvarena.harness.bench.measure import select
 from kvarena.harness.bench.neighbour import BRIEF, BUSY, NONE, NOTHING, OWN, WORKER
-from kvarena.harness.bench.sizes import CHIEF, Sizes, evicting_policies
+from kvarena.harness.bench.sizes import CHIEF, Sizes
 
 _OVER_STREAMING = {"keydiff": 1.03, "snapkv": 1.08, "tova": 1.08, "h2o": 1.15}
 TARGET_COLUMNS = ["figure", "median", "q1", "q3", "bound", "met"]
@@ -64,7 +64,7 @@ def _prefill(measured: pd.DataFrame, sizes: Sizes) -> Iterator[dict[str, object]
             at_most=1.1 * long / short,
         )
     whole = sec(system="generate", prompt_tokens=wide)
-    for policy in evicting_policies(see_attention=False):
+    for policy in sizes.evicting(see_attention=False):
         ours = sec(policy=policy, prompt_tokens=wide, chunk_tokens=sizes.wide_chunk_tokens)
         yield check(
             f"prefill of {wide} tokens, generate over {policy}, B {sizes.wide_chunk_tokens}",
@@ -109,7 +109,7 @@ def _policies(measured: pd.DataFrame, sizes: Sizes) -> Iterator[dict[str, object
     for slots, cache_tokens in sizes.policy_shapes:
         shape = {"slots": slots, "cache_tokens": cache_tokens}
         for every in sizes.evict_every:
-            for policy in evicting_policies():
+            for policy in sizes.evicting():
                 yield check(
                     f"decode step, {policy} over full attention, evict_every {every}, "
                     f"slots {slots}, cache {cache_tokens}",
