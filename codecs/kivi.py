@@ -28,7 +28,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from kvarena.codecs.base import Block, Codec
+from kvarena.codecs.base import Block, Codec, heads_of_rows
 from kvarena.codecs.bits import (
     bounds_of,
     checked,
@@ -93,17 +93,22 @@ class KIVI(Codec):
     def decode(self, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
         coded = cast(Sequence[KIVIBlock], blocks)
         head_dim = coded[0].key_bounds.shape[-1]
-        key_unit, value_unit = power_of_two(torch.stack([b.exponents for b in coded], dim=1))
-        key_codes = unpack(torch.stack([b.key_codes for b in coded]), self.bits, head_dim)
-        low, step = grid(torch.stack([b.key_bounds for b in coded], dim=1), self.bits)
-        unit = key_unit[:, None, None, None]
-        keys = dequantise(key_codes, low * unit, step * unit)  # [C, M, R, D]
-        value_codes = unpack(torch.stack([b.value_codes for b in coded]), self.bits, head_dim)
-        low, step = grid(torch.stack([b.value_bounds for b in coded], dim=1), self.bits)
-        unit = value_unit[:, None, None, None]
-        grouped = value_codes.unflatten(-1, (low.shape[-1], -1))  # [C, M, R, N, group]
-        values = dequantise(grouped, (low * unit)[..., None], (step * unit)[..., None])
-        return keys, values.flatten(-2)
+        units = power_of_two(torch.stack([b.exponents for b in coded]))  # [C, 2]
+        heads, blocks_of_heads = heads_of_rows(coded, units.device)
+        key_units, value_units = units.index_select(0, blocks_of_heads).unbind(1)  # of each head
+        low, step = grid(torch.cat([b.key_bounds for b in coded], dim=1), self.bits)
+        low, step = (
+            (of_heads[:, 0] * key_units[:, None]).index_select(0, heads) for of_heads in (low, step)
+        )
+        key_codes = torch.cat([b.key_codes.flatten(0, 1) for b in coded])
+        keys = dequantise(unpack(key_codes, self.bits, head_dim), low, step)
+        bounds = torch.cat([b.value_bounds.flatten(1, 2) for b in coded], dim=1)  # [2, N, groups]
+        value_units = value_units.index_select(0, heads)[:, None]
+        low, step = (of_rows * value_units for of_rows in grid(bounds, self.bits))
+        value_codes = torch.cat([b.value_codes.flatten(0, 1) for b in coded])
+        grouped = unpack(value_codes, self.bits, head_dim).unflatten(-1, (low.shape[-1], -1))
+        values = dequantise(grouped, low[..., None], step[..., None])
+        return keys, values.flatten(1)
 
     def take(self, block: Block, rows: Tensor) -> KIVIBlock:
         block = cast(KIVIBlock, block)

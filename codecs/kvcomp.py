@@ -87,10 +87,10 @@ class KVComp(Codec):
 
     def decode(self, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
         coded = cast(Sequence[KVCompBlock], blocks)
-        shape = (len(coded), coded[0].num_heads, coded[0].num_rows)
         keys = [(b.key_stream, b.key_step, b.key_offset) for b in coded]
         values = [(b.value_stream, b.value_step, b.value_offset) for b in coded]
-        return _dequantise(keys, shape), _dequantise(values, shape)
+        shapes = [(b.num_heads, b.num_rows) for b in coded]
+        return _dequantise(keys, shapes), _dequantise(values, shapes)
 
     def take(self, block: Block, rows: Tensor) -> KVCompBlock:
         block = cast(KVCompBlock, block)
@@ -140,14 +140,14 @@ def _quantise(numbers: Tensor, rel: float, dims: tuple[int, ...]) -> tuple[Tenso
 
 
 def _dequantise(
-    coded: Sequence[tuple[bytes, Tensor, Tensor]], shape: tuple[int, int, int]
+    coded: Sequence[tuple[bytes, Tensor, Tensor]], shapes: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Float32 [C, M, R, D] of C streams with their steps and offsets; ``shape``: (C, M, R)."""
+    """Float32 [N, D] of streams with their steps and offsets; ``shapes``: (M, R) of each."""
     streams, steps, offsets = zip(*coded, strict=True)
     step, offset = (
-        torch.stack([part.expand(shape[1], -1) for part in parts])[..., None].float()
+        torch.cat([part.expand(shape).flatten() for part, shape in zip(parts, shapes, strict=True)])
         for parts in (steps, offsets)
     )
-    codes = inflate(streams).view(*shape, -1).to(step.device)
+    codes = inflate(streams).view(len(step), -1).to(step.device)
     # Codes and offsets are whole numbers, so only the product is rounded.
-    return codes.float().add_(offset).mul_(step)
+    return codes.float().add_(offset[:, None]).mul_(step[:, None].float())

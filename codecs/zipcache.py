@@ -36,7 +36,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from kvarena.codecs.base import Block, Codec, Probes
+from kvarena.codecs.base import Block, Codec, Probes, heads_of_rows
 from kvarena.codecs.bits import (
     bounds_of,
     checked,
@@ -142,27 +142,37 @@ class ZipCache(Codec):
 
     def decode(self, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
         coded = cast(Sequence[ZipCacheBlock], blocks)
-        num_heads, num_rows = coded[0].num_heads, coded[0].num_rows
         head_dim = coded[0].divisors.shape[-1]
-        key_unit, value_unit = power_of_two(torch.stack([b.exponents for b in coded], dim=1))
-        is_salient = unpack(torch.stack([b.is_salient for b in coded]), 1, num_rows).bool()
+        units = power_of_two(torch.stack([b.exponents for b in coded]))  # [C, 2]
+        heads, blocks_of_heads = heads_of_rows(coded, units.device)
+        key_units, value_units = units.index_select(0, blocks_of_heads).unbind(1)  # of each head
+        maps = [unpack(b.is_salient, 1, b.num_rows).flatten() for b in coded]
+        is_salient = torch.cat(maps).bool()  # [N]
         salient = unpack(torch.cat([b.salient_codes for b in coded]), self.salient_bits, head_dim)
         regular = unpack(torch.cat([b.regular_codes for b in coded]), self.regular_bits, head_dim)
         places = _places(is_salient) + ~is_salient * len(salient)
-        codes = torch.cat([salient, regular]).index_select(0, places.flatten())
-        key_codes, value_codes = codes.unflatten(0, places.shape).unbind(-2)  # [C, M, R, D]
+        codes = torch.cat([salient, regular]).index_select(0, places)
+        key_codes, value_codes = codes.unbind(1)  # [N, D]
 
-        is_salient = is_salient[..., None]
-        of_salient = torch.stack([_either(b.salient_keys, b.regular_keys) for b in coded], dim=1)
-        of_regular = torch.stack([_either(b.regular_keys, b.salient_keys) for b in coded], dim=1)
-        low, step = _by_class(is_salient, of_salient, of_regular, self)
-        unit = key_unit[:, None, None, None]
-        keys = dequantise(key_codes, low * unit, step * unit)
-        bounds = [b.value_bounds.expand(2, num_heads, -1)[..., None] for b in coded]
-        of_both = torch.stack(bounds, dim=1)  # [2, C, M, R, 1]
-        low, step = _by_class(is_salient, of_both, of_both, self)
-        divisors = torch.stack([b.divisors for b in coded]) * value_unit[:, None, None, None]
-        return keys, dequantise(value_codes, low, step).mul_(divisors)
+        # First the grids of all heads' salient rows, then those of all heads' regular ones.
+        of_salient = [_either(b.salient_keys, b.regular_keys) for b in coded]
+        of_regular = [_either(b.regular_keys, b.salient_keys) for b in coded]
+        grids = zip(
+            grid(torch.cat(of_salient, dim=1), self.salient_bits),
+            grid(torch.cat(of_regular, dim=1), self.regular_bits),
+            strict=True,
+        )
+        classes = heads + ~is_salient * len(key_units)
+        low, step = (
+            (torch.cat(pair)[:, 0] * key_units.repeat(2)[:, None]).index_select(0, classes)
+            for pair in grids
+        )
+        keys = dequantise(key_codes, low, step)
+        bounds = [b.value_bounds.expand(2, b.num_heads, -1).flatten(1) for b in coded]
+        low, step = _by_class(is_salient, torch.cat(bounds, dim=1), self)
+        divisors = torch.cat([b.divisors for b in coded])[:, 0] * value_units[:, None]
+        values = dequantise(value_codes, low[:, None], step[:, None])
+        return keys, values.mul_(divisors.index_select(0, heads))
 
     def take(self, block: Block, rows: Tensor) -> ZipCacheBlock:
         block = cast(ZipCacheBlock, block)
@@ -210,12 +220,8 @@ def _either(bounds: Tensor, other: Tensor) -> Tensor:
     return bounds if bounds.numel() else other
 
 
-def _by_class(
-    is_salient: Tensor, of_salient: Tensor, of_regular: Tensor, codec: ZipCache
-) -> tuple[Tensor, Tensor]:
-    """Lowest level and step of each row's own class, which broadcast to [C, M, R, D]."""
-    pairs = zip(
-        grid(of_salient, codec.salient_bits), grid(of_regular, codec.regular_bits), strict=True
-    )
+def _by_class(is_salient: Tensor, bounds: Tensor, codec: ZipCache) -> tuple[Tensor, Tensor]:
+    """Lowest level and step [N] in each row's own class, of ``bounds`` [2, N] that serve both."""
+    pairs = zip(grid(bounds, codec.salient_bits), grid(bounds, codec.regular_bits), strict=True)
     low, step = (torch.where(is_salient, salient, regular) for salient, regular in pairs)
     return low, step

@@ -43,8 +43,8 @@ class Lossless(Codec):
 
     def decode(self, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
         return (
-            torch.stack([block.keys for block in blocks]),
-            torch.stack([block.values for block in blocks]),
+            torch.cat([block.keys.flatten(0, 1) for block in blocks]),
+            torch.cat([block.values.flatten(0, 1) for block in blocks]),
         )
 
     def take(self, block: Block, rows: Tensor) -> RawBlock:

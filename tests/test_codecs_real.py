@@ -102,6 +102,11 @@ def predictions(model: PreTrainedModel, token_ids: Tensor, layers: list[Layer]) 
     return logits[0].float().log_softmax(dim=-1)
 
 
+def in_order(coded: Tensor, num_heads: int, block: int) -> Tensor:
+    """[M, C * R, D] of what C blocks decode to."""
+    return coded.unflatten(0, (-1, num_heads, block)).transpose(0, 1).flatten(1, 2)
+
+
 def through(codec: Codec, layer: Layer, saliency: Tensor) -> tuple[Layer, int]:
     """What attention would see of one layer, and the bytes of its blocks."""
     keys, values = layer
@@ -109,7 +114,7 @@ def through(codec: Codec, layer: Layer, saliency: Tensor) -> tuple[Layer, int]:
     parts = [slice(first, first + codec.block) for first in range(0, end, codec.block)]
     blocks = [codec.encode(keys[:, at], values[:, at], saliency[:, at]) for at in parts]
     seen = [
-        torch.cat([coded.transpose(0, 1).flatten(1, 2), exact[:, end:]], dim=1)
+        torch.cat([in_order(coded, len(keys), codec.block), exact[:, end:]], dim=1)
         for coded, exact in zip(codec.decode(blocks), layer, strict=True)
     ]
     return (seen[0], seen[1]), sum(block.nbytes for block in blocks)

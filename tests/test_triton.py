@@ -221,7 +221,10 @@ def coded_heads(
     kivi = KIVI(bits=bits, block=R, group=group)
     keys, values = torch.randn(2, C, M, R, D, generator=generator).to(DEVICE)
     blocks = [kivi.encode(k * 3 + 1, v * 1e-4, None) for k, v in zip(keys, values, strict=True)]
-    decoded = [part.to(dtype).float().transpose(0, 1).flatten(1, 2) for part in kivi.decode(blocks)]
+    decoded = [
+        part.to(dtype).float().unflatten(0, (C, M, R)).transpose(0, 1).flatten(1, 2)
+        for part in kivi.decode(blocks)
+    ]
     query = torch.randn(M * G, Q, D, generator=generator).to(DEVICE, dtype)
     live = (torch.rand(C, M, R, generator=generator) > 0.4).to(DEVICE)
     return query, blocks, live, *decoded

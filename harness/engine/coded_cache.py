@@ -22,8 +22,8 @@ from torch import Tensor
 
 from kvarena.codecs.base import Codec
 from kvarena.harness.engine.attention import AttentionSpec
-from kvarena.harness.engine.coded_blocks import Segment, alike
-from kvarena.harness.engine.layer_cache import LayerCache, total_order
+from kvarena.harness.engine.coded_blocks import Segment, live_rows, parts, struck
+from kvarena.harness.engine.layer_cache import LayerCache, move_rows, total_order
 from kvarena.harness.engine.probe_queries import ProbeStore
 from kvarena.harness.engine.query_statistics import QueryStatistics
 
@@ -143,7 +143,7 @@ class CodedCache(LayerCache):
         keys, values = self._workspace.views(shapes, slots, like)
         keys, values = keys[:, :, :num_tokens], values[:, :, :num_tokens]
         for row, slot in enumerate(range(slots.start, slots.stop)):
-            filled = self._decode(slot, keys[row], values[row])
+            filled = self._decode(self._segments[slot], keys[row], values[row])
             for head, num_exact in enumerate(self._num_exact[slot]):
                 end = filled[head] + num_exact
                 assert end == num_tokens, f"head {head} holds {end} tokens, not {num_tokens}"
@@ -151,21 +151,18 @@ class CodedCache(LayerCache):
                 values[row, head, filled[head] : end] = self.values[slot, head, :num_exact]
         return keys, values
 
-    def _decode(self, slot: int, keys: Tensor, values: Tensor) -> list[int]:
+    def _decode(self, segments: Sequence[Segment], keys: Tensor, values: Tensor) -> list[int]:
         """Fill the first places of [K, T, D] with what the blocks hold; how many, per head."""
-        filled = [0] * keys.shape[0]
-        for segments in alike(self._segments[slot]):
-            coded = self.codec.decode([segment.block for segment in segments])
-            rows = np.concatenate([segment.rows for segment in segments], axis=1)  # [M, C * R]
-            for index, head in enumerate(segments[0].heads):
-                alive = torch.from_numpy(rows[index].nonzero()[0]).to(keys.device)
-                end = filled[head] + len(alive)
-                for target, source in zip((keys, values), coded, strict=True):
-                    flat = source[:, index].flatten(0, 1)  # [C * R, D]
-                    if len(alive) < len(flat):
-                        flat = flat.index_select(0, alive)
-                    target[head, filled[head] : end] = flat
-                filled[head] = end
+        filled = [0] * len(keys)
+        for part in parts(segments):
+            live = live_rows(part, len(keys))
+            rows = torch.from_numpy(live.rows).to(keys.device).split(live.counts.tolist())
+            coded = self.codec.decode([segment.block for segment in part])
+            for target, source in zip((keys, values), coded, strict=True):
+                source = source.to(target.dtype)
+                for head, (first, own) in enumerate(zip(filled, rows, strict=True)):
+                    torch.index_select(source, 0, own, out=target[head, first : first + len(own)])
+            filled = [first + len(own) for first, own in zip(filled, rows, strict=True)]
         return filled
 
     def evict(self, slots: slice, scores: Tensor, num_kept: int) -> None:
@@ -182,26 +179,33 @@ class CodedCache(LayerCache):
 
     def _drop(self, slot: int, is_kept: NDArray[np.bool_]) -> None:
         """Strike the tokens that ``is_kept`` [K, T] leaves out."""
-        passed = [0] * len(is_kept)  # tokens of each head that earlier segments hold
-        segments = []
-        for segment in self._segments[slot]:
-            fates = []
-            for head, count in zip(segment.heads, segment.counts, strict=True):
-                fates.append(is_kept[head, passed[head] : passed[head] + count])
-                passed[head] += count
-            if not all(fate.all() for fate in fates):
-                alive = segment.rows
-                for own, fate in zip(alive, fates, strict=True):
-                    own[own] = fate
-                segment = self._repacked(segment.only(alive))
-            if any(segment.counts):
-                segments.append(segment)
-        self._segments[slot] = segments
-        for head, num_coded in enumerate(passed):
-            stay = torch.from_numpy(is_kept[head, num_coded:].nonzero()[0]).to(self.keys.device)
-            for buffer in (self.keys, self.values):
-                buffer[slot, head, : len(stay)] = buffer[slot, head].index_select(0, stay)
-            self._num_exact[slot][head] = len(stay)
+        num_heads, num_tokens = is_kept.shape
+        num_coded = num_tokens - np.array(self._num_exact[slot])
+        is_coded = np.arange(num_tokens) < num_coded[:, None]
+        fates = is_kept[is_coded]
+        if not fates.all():
+            held = self._segments[slot]
+            after = struck(held, fates, num_heads)
+            self._segments[slot] = [
+                new if new is old else self._repacked(new)
+                for old, new in zip(held, after, strict=True)
+                if any(new.counts)
+            ]
+        # What stays of a head's exact tokens moves up, in order.
+        is_exact = is_kept & ~is_coded
+        num_left = is_exact.sum(axis=1)
+        self._num_exact[slot] = num_left.tolist()
+        heads, tokens = is_exact.nonzero()
+        source = tokens - num_coded[heads]
+        target = np.arange(len(heads)) - (num_left.cumsum() - num_left)[heads]
+        moved = source != target
+        first_rows = (slot * num_heads + heads[moved]) * self.keys.shape[2]
+        rows_from, rows_to = (
+            torch.from_numpy(first_rows + places[moved]).to(self.keys.device)
+            for places in (source, target)
+        )
+        for buffer in (self.keys, self.values):
+            move_rows(buffer.flatten(0, 2), rows_from, rows_to)
 
     def _repacked(self, segment: Segment) -> Segment:
         """The segment without its dead rows, if there are enough of them in every head."""
@@ -234,20 +238,23 @@ class CodedCache(LayerCache):
             saliency = None
             if probes is not None:
                 keys, _ = self.tokens(slice(slot, slot + 1), num_tokens)
-                saliency = probes.saliency(keys[0], self.positions[slot, :, :num_tokens], spec)
-            self._encode(slot, num_blocks, saliency, num_tokens)
+                places = self.positions[slot, :, :num_tokens]
+                wanted = slice(num_tokens - max(num_exact), num_tokens - self.codec.window)
+                saliency = probes.saliency(keys[0], places, spec, wanted)
+            self._encode(slot, num_blocks, saliency)
 
-    def _encode(
-        self, slot: int, num_blocks: Sequence[int], saliency: Tensor | None, num_tokens: int
-    ) -> None:
-        """Code the oldest blocks of exact tokens; saliency: [K, T] or None."""
+    def _encode(self, slot: int, num_blocks: Sequence[int], saliency: Tensor | None) -> None:
+        """Code the oldest blocks of exact tokens.
+
+        saliency: None or [K, W], from the first token on that is exact in any head.
+        """
         size, num_exact = self.codec.block, self._num_exact[slot]
         for turn in range(max(num_blocks)):
             heads = [head for head, num in enumerate(num_blocks) if num > turn]
             first, last = turn * size, (turn + 1) * size
             weights = None
             if saliency is not None:
-                starts = [num_tokens - num_exact[head] + first for head in heads]
+                starts = [max(num_exact) - num_exact[head] + first for head in heads]
                 weights = torch.stack(
                     [saliency[head, at : at + size] for head, at in zip(heads, starts, strict=True)]
                 )

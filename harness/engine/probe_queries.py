@@ -38,10 +38,17 @@ class ProbeStore:
         wanted = drawn | (positions >= num_seen - num_recent)
         self._queries, self._positions = queries[:, wanted], positions[wanted]
 
-    def saliency(self, keys: Tensor, key_positions: Tensor, spec: AttentionSpec) -> Tensor:
-        """[K, T] float32: attention of the probes per query that could see the key.
+    def saliency(
+        self,
+        keys: Tensor,
+        key_positions: Tensor,
+        spec: AttentionSpec,
+        wanted: slice = slice(None),
+    ) -> Tensor:
+        """[K, W] float32: attention of the probes per query that could see the key.
 
-        keys: [K, T, D], the tokens that share the attention; key_positions: [K, T].
+        keys: [K, T, D], the tokens that share the attention; key_positions: [K, T]; wanted: the W
+        of the T keys that are weighed.
         """
         assert self._queries is not None, "observe comes first"
         assert self._positions is not None
@@ -53,10 +60,10 @@ class ProbeStore:
         queries = self._queries.to(keys.dtype)[None]
         weights = explicit_weights(queries, keys[None], visible[None], spec)[0]  # [K, G, P, T]
         # A probe older than every kept token sees nothing, which a softmax cannot express.
-        mass = weights.nan_to_num(nan=0.0).sum(dim=(1, 2))
+        mass = weights[..., wanted].nan_to_num(nan=0.0).sum(dim=(1, 2))
         if self._probes.count == "text":
-            return mass / (probes[-1] + 1 - key_positions)
-        return mass / visible.sum(dim=1).clamp(min=1)
+            return mass / (probes[-1] + 1 - key_positions[:, wanted])
+        return mass / visible[..., wanted].sum(dim=1).clamp(min=1)
 
     @property
     def nbytes(self) -> int:
