@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +21,10 @@ from kvarena.harness.bench.memory import peak_bytes
 from kvarena.harness.bench.peers import KvpressServer, dynamic_cache_decode
 from kvarena.harness.bench.phases import PHASES, PhaseClock, clocks
 from kvarena.harness.bench.roofline import pass_bytes, pass_flops, with_fractions
-from kvarena.harness.bench.sections import chosen, run_sections
+from kvarena.harness.bench.sections import Section, chosen, run_sections
 from kvarena.harness.bench.sizes import QUICK
 from kvarena.harness.bench.subjects import Subject, toy
-from kvarena.harness.bench.targets import check, targets
+from kvarena.harness.bench.targets import TARGET_COLUMNS, check, targets
 from kvarena.harness.bench.timed_passes import full_slots, run_passes
 from kvarena.harness.engine import Engine, Request
 from kvarena.harness.engine.attention import KERNELS
@@ -273,6 +274,29 @@ def test_a_whole_quick_run_writes_every_section_and_judges_every_target(
         assert name in figures
     assert judged.loc[judged["figure"].str.contains("idle slot"), "met"].tolist() == ["yes"] * 2
     assert (tmp_path / "quick.md").read_text() == text
+
+
+def test_a_section_measured_anew_takes_the_place_of_its_own_lines(
+    subject: Subject, tmp_path: Path
+) -> None:
+    def write(name: str, seconds: float) -> str:
+        timed = fake("work", [], [seconds])
+        timed = replace(timed, case=replace(timed.case, section=name))
+
+        def judge(measured: pd.DataFrame) -> pd.DataFrame:
+            line = check(f"{name} figure", select(measured, "pass_sec"), at_most=2.0)
+            return pd.DataFrame([line], columns=TARGET_COLUMNS)
+
+        section = Section(cases=lambda: [timed], rounds=1)
+        return run_sections(subject, {name: section}, judge, tmp_path / "bench")
+
+    write("prefill", 1.0)
+    write("decode", 2.0)
+    text = write("prefill", 3.0)
+    table, judged = (pd.read_csv(tmp_path / f"bench{end}.csv") for end in ("", "-targets"))
+    assert table[["section", "median"]].values.tolist() == [["prefill", 3.0], ["decode", 2.0]]
+    assert judged[["section", "met"]].values.tolist() == [["prefill", "no"], ["decode", "yes"]]
+    assert text.index("prefill figure") < text.index("decode figure")
 
 
 def test_the_gpu_bench_runs_the_same_on_a_toy_without_a_gpu(

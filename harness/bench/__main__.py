@@ -166,7 +166,7 @@ def main() -> None:
             kvpress = stack.enter_context(KvpressServer(options.kvpress_python, subject.folder))
         wanted = chosen(sections(subject, sizes, stack, kvpress), options.only)
         dtype = options.dtype if options.dtype != "float32" else None
-        stem = options.results / "-".join(filter(None, (sizes.name, dtype, options.only)))
+        stem = options.results / "-".join(filter(None, (sizes.name, dtype)))
         print(
             run_sections(
                 subject, wanted, lambda measured: targets(measured, sizes, options.dtype), stem

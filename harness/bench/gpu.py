@@ -245,7 +245,7 @@ def main() -> None:
         sizes = (TOY if options.toy else GPU).with_policies(options.also)
         subject = (toy if options.toy else llama_8b)(options.device)
         wanted = chosen(sections(subject, sizes), options.only)
-        stem = options.results / "-".join(filter(None, (sizes.name, options.only)))
+        stem = options.results / sizes.name
         print(run_sections(subject, wanted, lambda measured: targets(measured, sizes), stem))
 
 

@@ -29,16 +29,16 @@ def run_sections(
     judge: Callable[[pd.DataFrame], pd.DataFrame],
     stem: Path,
 ) -> str:
-    """Measure, and write the files anew after each section. Returns the Markdown.
+    """Measure, and after each section put its lines into the files. Returns the Markdown.
 
     judge: the targets of what was measured; stem: of the files' names (``write_tables``).
     """
-    text, parts = "", []
-    columns = machine_columns(subject)
-    for section in sections.values():
-        parts.append(with_fractions(measure(section.cases(), section.rounds)))
-        measured = pd.concat(parts, ignore_index=True)
-        text = write_tables(summarise(measured), judge(measured), columns, stem)
+    text = ""
+    for name, section in sections.items():
+        columns = machine_columns(subject)
+        measured = with_fractions(measure(section.cases(), section.rounds))
+        held = judge(measured).assign(section=name)
+        text = write_tables(summarise(measured), held, columns, stem)
     return text
 
 

@@ -55,62 +55,90 @@ def machine_columns(subject: Subject) -> dict[str, str | int]:
 def write_tables(
     summary: pd.DataFrame, held: pd.DataFrame, columns: Mapping[str, str | int], stem: Path
 ) -> str:
-    """``stem``.csv, -targets.csv and .md; returns the Markdown."""
+    """``stem``.csv, -targets.csv and .md; returns the Markdown.
+
+    Lines of the same sections that are there already go, those of other ones stay: a section can be
+    measured anew alone, since only figures of one section are ever compared.
+    """
     place = list(summary.columns).index("metric") + 1
     tidy = summary.copy()
     tidy.insert(place, "unit", tidy["metric"].map(unit))
-    counts = [name for name in tidy.columns if name.endswith("_tokens") or name == "slots"]
-    tidy = tidy.astype(dict.fromkeys(counts, "Int64")).assign(**columns)
-    text = markdown(summary, held, columns)
-    with replacing(stem.with_suffix(".csv")) as path:
-        tidy.to_csv(path, index=False, float_format="%.6g")
-    with replacing(stem.with_name(f"{stem.name}-targets.csv")) as path:
-        held.assign(**columns).to_csv(path, index=False, float_format="%.6g")
+    paths = {stem.with_suffix(".csv"): tidy, stem.with_name(f"{stem.name}-targets.csv"): held}
+    tables = [_beside(path, own.assign(**columns)) for path, own in paths.items()]
+    counts = [name for name in tidy.columns if name.endswith("_tokens")]
+    counts += ["slots", "evict_every"]
+    tables[0] = tables[0].astype(dict.fromkeys(counts, "Int64"))
+    text = markdown(*tables)
+    for path, table in zip(paths, tables, strict=True):
+        with replacing(path) as new:
+            table.to_csv(new, index=False, float_format="%.6g")
     with replacing(stem.with_suffix(".md")) as path:
         path.write_text(text)
     return text
 
 
-def markdown(summary: pd.DataFrame, held: pd.DataFrame, columns: Mapping[str, str | int]) -> str:
+def _beside(path: Path, new: pd.DataFrame) -> pd.DataFrame:
+    """What the file holds, with the lines of each section in ``new`` in the place of its own."""
+    old = pd.read_csv(path) if path.exists() else new.iloc[:0]
+    sections = dict.fromkeys([*old["section"], *new["section"]])
+    measured = set(new["section"])
+    parts = [
+        own[own["section"] == name]
+        for name in sections
+        for own in (new if name in measured else old,)
+    ]
+    # Empty columns would else decide the type of what is put below them.
+    filled = [part.dropna(axis=1, how="all") for part in parts]
+    return pd.concat(filled, ignore_index=True).reindex(columns=new.columns)
+
+
+def markdown(tidy: pd.DataFrame, held: pd.DataFrame) -> str:
     """Medians by section; quartiles stand in the CSV and behind the figures of the targets."""
-    about = ", ".join(f"{name} {value}" for name, value in columns.items() if value != "")
-    parts = [f"# Bench\n\n{about}\n"]
+    parts = [f"# Bench\n\n{_machines(tidy)}"]
     titles = {
         ("prefill", "prefill_tokens_per_sec"): "Prefill, tokens/s by prompt length",
         ("prefill", "ttft_sec"): "Time to first token, s, by prompt length",
         ("prefill", "peak_extra_bytes"): "Peak memory beside the model, MB, by prompt length",
         ("decode", "decode_tokens_per_sec"): "Decode, tokens/s by slots and cache",
-        ("policies", "ttft_sec"): "All policies: time to first token, s",
-        ("policies", "pass_sec"): "All policies: decode step, s, by slots and cache",
+        ("policies", "ttft_sec"): "Policies: time to first token, s",
+        ("policies", "pass_sec"): "Policies: decode step, s, by slots and cache",
         ("job", "samples_per_min"): "Jobs, samples per minute",
         ("dtypes", "pass_sec"): "Data types: a pass, s, by slots and cache",
         ("dtypes", "samples_per_min"): "Data types: samples per minute",
-        (
-            "neighbour",
-            "decode_tokens_per_sec",
-        ): "Beside other work: decode, tokens/s of all workers",
-        (
-            "neighbour",
-            "prefill_tokens_per_sec",
-        ): "Beside other work: prefill, tokens/s of all workers",
+        ("neighbour", "decode_tokens_per_sec"): "Beside other work: decode, tokens/s",
+        ("neighbour", "prefill_tokens_per_sec"): "Beside other work: prefill, tokens/s",
         ("end_to_end", "end_to_end_sec"): "Prompt and answer, s",
     }
     for (section, metric), title in titles.items():
-        lines = summary[(summary["section"] == section) & (summary["metric"] == metric)]
+        lines = tidy[(tidy["section"] == section) & (tidy["metric"] == metric)]
         if metric.endswith("_bytes"):
             lines = lines.assign(median=lines["median"] / 1e6)
         if not lines.empty:
             parts.append(f"## {title}\n\n{_table(_across(lines))}")
-    parts += [_phases(summary), _roofline(summary)]
+    parts += [_phases(tidy), _roofline(tidy)]
     if not held.empty:
         texts = held.assign(
             median=[
                 f"{line.median:.3g} [{line.q1:.3g}, {line.q3:.3g}]"
                 for line in held.itertuples(index=False)
             ]
-        ).drop(columns=["q1", "q3"])
+        )[["figure", "median", "bound", "met"]]
         parts.append(f"## Targets\n\nMedian over rounds [quartiles].\n\n{_table(texts)}")
     return "\n".join(part for part in parts if part)
+
+
+def _machines(tidy: pd.DataFrame) -> str:
+    """Where, with what and when each section was measured; those of one run share a line."""
+    names = list(tidy.columns[list(tidy.columns).index("rounds") + 1 :])
+    about = tidy.drop_duplicates("section")[["section", *names]]
+    about = about.astype(object).where(about.notna(), "").astype(str)
+    together = about.groupby([name for name in names if name != "date"], sort=False)
+    lines = []
+    for _, own in together:
+        first = own.iloc[0]
+        text = ", ".join(f"{name} {first[name]}" for name in names if first[name])
+        lines.append(f"- {', '.join(own['section'])}: {text}\n")
+    return "".join(lines)
 
 
 def _across(lines: pd.DataFrame) -> pd.DataFrame:
