@@ -195,6 +195,9 @@ anatomy: .venv/.stamp ## what each policy keeps, and where keys point: ten minut
 bench: .venv/.stamp ## the engine beside model.generate and kvpress, in float32 and bfloat16: an hour on a quiet machine
 	$(MODULE).bench $(if $(KVPRESS_PYTHON),--kvpress-python '$(value KVPRESS_PYTHON)')
 	$(MODULE).bench --dtype bfloat16
+growth: .venv/.stamp ## time and memory by prompt length, 1k to 64k tokens, beside generate: ten minutes on a quiet machine
+	$(MODULE).bench.growth
+	$(MODULE).studies.growth
 bench-gpu: .venv/.stamp ## Llama-3.1-8B's shape with random weights on a CUDA device
 	$(MODULE).bench.gpu
 

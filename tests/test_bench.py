@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from kvarena.harness.bench import __main__ as bench
-from kvarena.harness.bench import gpu, phases
+from kvarena.harness.bench import gpu, growth, phases
 from kvarena.harness.bench.jobs import JobWatch
 from kvarena.harness.bench.measure import Case, TimedCase, measure, select, summarise
 from kvarena.harness.bench.memory import peak_bytes
@@ -30,6 +30,7 @@ from kvarena.harness.engine import Engine, Request
 from kvarena.harness.engine.attention import KERNELS
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import build, load_choice
+from kvarena.harness.studies.growth import picture
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +298,28 @@ def test_a_section_measured_anew_takes_the_place_of_its_own_lines(
     assert table[["section", "median"]].values.tolist() == [["prefill", 3.0], ["decode", 2.0]]
     assert judged[["section", "met"]].values.tolist() == [["prefill", "no"], ["decode", "yes"]]
     assert text.index("prefill figure") < text.index("decode figure")
+
+
+def test_growth_is_judged_and_drawn_from_what_was_measured(
+    subject: Subject, tmp_path: Path
+) -> None:
+    sizes = growth.TOY
+    stem = tmp_path / "growth"
+    run_sections(subject, growth.sections(subject, sizes), lambda m: growth.targets(m, sizes), stem)
+    table = pd.read_csv(stem.with_suffix(".csv"))
+    assert tuple(dict.fromkeys(table["section"])) == growth.SECTIONS
+    judged = pd.read_csv(tmp_path / "growth-targets.csv")["figure"]
+    assert judged.str.contains("exponent of time in length, kvarena, 100 to 400").any()
+    drawn = picture(table).decode()
+    for name in ("generate", "model over a DynamicCache", "peak memory, MB", "decoding step, ms"):
+        assert name in drawn
+
+
+def test_an_exponent_is_the_slope_of_time_over_length() -> None:
+    lengths = (100, 200, 400)
+    times = [pd.Series([3.0 * n**2, 5.0 * n], index=[1, 2]) for n in lengths]
+    assert list(growth._exponent(lengths, times)) == pytest.approx([2.0, 1.0])
+    assert growth._exponent(lengths, times[:2]).empty
 
 
 def test_the_gpu_bench_runs_the_same_on_a_toy_without_a_gpu(

@@ -17,11 +17,12 @@ def prefill(
     budget_tokens: int,
     chunk_tokens: int,
     attention: str = "sdpa",
+    whole_peak: bool = False,
 ) -> TimedCase:
     """A prompt alone in the engine, up to its first new token: ``ttft_sec`` and tokens per second.
 
     The warm-up reads a shorter prompt in passes of all the same shapes and notes the peak memory,
-    which no longer prompt exceeds.
+    which no longer prompt exceeds (growth.py shows it); whole_peak: it reads the whole prompt.
     """
     evicts = build(load_choice("policy", policy)).evicts
 
@@ -44,6 +45,7 @@ def prefill(
     # The first chunk is the short one, so passes depend on the remainder and then repeat.
     covered = -(-budget_tokens // chunk_tokens) + 2
     shorter = min(prompt_tokens, prompt_tokens % chunk_tokens + covered * chunk_tokens)
+    warm_tokens = shorter if evicts and not whole_peak else prompt_tokens
     return TimedCase(
         case=Case(
             section=section,
@@ -56,7 +58,7 @@ def prefill(
             slots=1,
         ),
         run=lambda: read(prompt_tokens),
-        warm=lambda: peak_bytes(lambda: read(shorter if evicts else prompt_tokens), subject.device),
+        warm=lambda: peak_bytes(lambda: read(warm_tokens), subject.device),
     )
 
 

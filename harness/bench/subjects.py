@@ -28,6 +28,16 @@ _TOY = LlamaConfig(
     max_position_embeddings=2048,
     initializer_range=0.3,  # sharp attention, so that a wrong cache shows
 )
+_LONG = LlamaConfig(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=65536,
+)
 # Shape of Llama-3.1-8B as its config.json states it (huggingface.co/meta-llama/Llama-3.1-8B).
 _LLAMA_8B = LlamaConfig(
     vocab_size=128256,
@@ -140,6 +150,11 @@ def of_name(name: str, dtype: str) -> Subject:
 def toy(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Subject:
     """Three tiny random layers: everything runs in seconds and no figure means anything."""
     return _random_weights("toy", _TOY, device, dtype)
+
+
+def long_context() -> Subject:
+    """Four layers with random weights, whose full cache of 64k tokens a CPU can do in minutes."""
+    return _random_weights("random-4-layers", _LONG, "cpu", torch.float32)
 
 
 def llama_8b(device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Subject:

@@ -107,6 +107,10 @@ def markdown(tidy: pd.DataFrame, held: pd.DataFrame) -> str:
         ("dtypes", "samples_per_min"): "Data types: samples per minute",
         ("neighbour", "decode_tokens_per_sec"): "Beside other work: decode, tokens/s",
         ("neighbour", "prefill_tokens_per_sec"): "Beside other work: prefill, tokens/s",
+        ("length", "ttft_sec"): "Time to first token, s, by prompt length",
+        ("length", "peak_extra_bytes"): "Peak memory beside the model, MB, by prompt length",
+        ("cache", "pass_sec"): "Decoding step, s, by slots and cache",
+        ("slots", "decode_tokens_per_sec"): "Decode, tokens/s by slots and cache",
         ("end_to_end", "end_to_end_sec"): "Prompt and answer, s",
     }
     for (section, metric), title in titles.items():
