@@ -167,6 +167,12 @@ def test_memory_follows_kv_dtype_and_says_that_codecs_are_left_out(
     assert "keydiff+kivi" in shown
 
 
+def test_rows_in_another_data_type_tell_nothing_of_time(folder: Path, tmp_path: Path) -> None:
+    run_cell(toy_cell(folder), tmp_path)
+    assert plan_cell(toy_cell(folder, budget="96"), tmp_path).eta_sec is not None
+    assert plan_cell(toy_cell(folder, budget="96", dtype="bfloat16"), tmp_path).eta_sec is None
+
+
 @pytest.mark.parametrize("name", ["policy", "prefill_tokens_computed", "ttft_sec", "slots"])
 def test_rows_that_lack_a_figure_tell_nothing_of_time(
     name: str, folder: Path, tmp_path: Path

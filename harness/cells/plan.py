@@ -33,7 +33,7 @@ class Plan:
     kv_bytes_full, kv_bytes_budget: keys, values and positions of the longest sample under the full
     cache and under the budget with a chunk in work; for one sequence, without a codec and without
     a policy's own state.
-    eta_sec: by the rate of earlier rows here; None if there are none.
+    eta_sec: by the rate of earlier rows here that are alike; None if there are none.
     not_noted: why ``make status`` will not know of it; "" if it will.
     """
 
@@ -177,7 +177,15 @@ def _note(folder: CellFolder, num_samples: int) -> str:
 
 
 def _tokens_per_sec(results_dir: Path, cell: Cell) -> float | None:
-    """Tokens per second over all slots in earlier rows of this model and policy; None without."""
+    """Tokens per second over all slots in earlier rows like the cell's; None without any.
+
+    Alike are model, policy, device and data type: bfloat16 takes half the time of float32 or less.
+    """
+    alike = {
+        "policy": cell.method_label(),
+        "device": cell.settings.device,
+        "dtype": cell.dtype_name,
+    }
     num_tokens, busy_sec = 0, 0.0
     for path in find_cells(results_dir):
         if path.parent.name != cell.model.name:
@@ -187,7 +195,7 @@ def _tokens_per_sec(results_dir: Path, cell: Cell) -> float | None:
         except UsageError:  # a damaged cell is no reason not to plan another
             continue
         for row in rows:
-            if row.get("status") != "ok" or row.get("policy") != cell.method_label():
+            if row.get("status") != "ok" or any(row.get(k) != v for k, v in alike.items()):
                 continue
             if any(row.get(name) is None for name in _TIMED):  # edited, or of another version
                 continue

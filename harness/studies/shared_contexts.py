@@ -90,6 +90,8 @@ def markdown(summary: pd.DataFrame) -> str:
         compared = ["", ""]
         if pd.notna(line["change"]):
             limits = f"[{line['change_low']:+.3f}, {line['change_high']:+.3f}]"
+            if pd.isna(line["change_low"]):  # fewer than six texts differ
+                limits = "(no interval)"
             compared = [f"{line['change']:+.3f} {limits}", f"{line['p_holm']:.3f}"]
         names = [line[name] for name in ("task", "policy", "way")]
         saved = f"{100 * line['saved_ratio']:.0f} %"
