@@ -45,14 +45,18 @@ def now() -> str:
 
 @cache
 def git_state() -> dict[str, Any]:
-    """Commit of the checkout that this code runs from, as first asked; empty outside a checkout."""
+    """Commit of the checkout that this code runs from, as first asked; empty outside a checkout.
+
+    dirty: whether anything differs from it but results, which change no code.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)results")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {}
 
