@@ -30,6 +30,8 @@ OWN, BRIEF, NONE = (
 )
 NOTHING, BUSY, WORKER = "nothing", "busy loop", "second worker"
 _POLICY = "keydiff"
+# Ends with its parent, however that ends.
+_BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 
 
 def neighbour(subject: Subject, sizes: Sizes, stack: ExitStack) -> list[TimedCase]:
@@ -94,7 +96,7 @@ def _case(workers: list[LineWorker], sizes: Sizes, waiting: str, beside: str) ->
 @contextmanager
 def busy_loop() -> Iterator[None]:
     """A process that keeps one core busy."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    process = subprocess.Popen([sys.executable, "-c", _BUSY])
     try:
         yield
     finally:
