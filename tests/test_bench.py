@@ -275,6 +275,8 @@ def test_a_whole_quick_run_writes_every_section_and_judges_every_target(
         assert name in figures
     assert judged.loc[judged["figure"].str.contains("idle slot"), "met"].tolist() == ["yes"] * 2
     assert (tmp_path / "quick.md").read_text() == text
+    of_dtypes = text.partition("## Data types: a pass")[2].partition("## ")[0]
+    assert of_dtypes.count("| decode |") == of_dtypes.count("| prefill |") == 2
 
 
 def test_a_section_measured_anew_takes_the_place_of_its_own_lines(

@@ -117,6 +117,19 @@ def test_the_readmes_library_example_works_as_printed() -> None:
     assert done.stdout.count("torch.Size([3, ") == 2
 
 
+@pytest.mark.slow
+def test_the_oracle_checks_another_engine_as_printed() -> None:
+    page = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    code = re.search(r"cut by hand:\n\n```python\n(.*?)```", page, re.DOTALL)[1]
+    late = code.replace("del kept[SINKS]", "del kept[SINKS + 1]")  # told another token than goes
+    for source, is_right in ((code, True), (late, False)):
+        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        difference, most, neighbours = map(float, done.stdout.split())
+        assert (difference < 1e-3) is is_right
+        assert (most, neighbours) == (24, 0)
+
+
 def test_the_readmes_policy_works_as_printed(tmp_path: Path) -> None:
     """The ten lines of the README, run as a policy on a toy model."""
     code = re.search(r"`policies/large_values.py`:\n\n```python\n(.*?)```", README, re.DOTALL)[1]

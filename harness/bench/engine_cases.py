@@ -7,6 +7,8 @@ from kvarena.harness.bench.timed_passes import warm_pass_sec
 from kvarena.harness.engine import Engine
 from kvarena.harness.registry import build, load_choice
 
+_STEPS = 32  # decoding steps after a prompt, where they are timed
+
 
 def prefill(
     subject: Subject,
@@ -17,12 +19,13 @@ def prefill(
     budget_tokens: int,
     chunk_tokens: int,
     attention: str = "sdpa",
-    whole_peak: bool = False,
+    whole: bool = False,
 ) -> TimedCase:
     """A prompt alone in the engine, up to its first new token: ``ttft_sec`` and tokens per second.
 
     The warm-up reads a shorter prompt in passes of all the same shapes and notes the peak memory,
-    which no longer prompt exceeds (growth.py shows it); whole_peak: it reads the whole prompt.
+    which no longer prompt exceeds (growth.py shows it). whole: it reads the whole prompt, and some
+    more tokens are written: ``pass_sec`` is a decoding step after a prompt of that length.
     """
     evicts = build(load_choice("policy", policy)).evicts
 
@@ -35,17 +38,20 @@ def prefill(
             slots=1,
             attention=attention,
         )
-        (generation,) = engine.generate([subject.text[:num_tokens]], max_new_tokens=1)
+        new_tokens = _STEPS + 1 if whole else 1
+        (generation,) = engine.generate([subject.text[:num_tokens]], max_new_tokens=new_tokens)
+        steps = {"pass_sec": 1 / (generation.decode_tokens_per_sec or 0)} if whole else {}
         return {
             "ttft_sec": generation.ttft_sec,
             "prefill_tokens_per_sec": num_tokens / generation.ttft_sec,
             "kv_peak_bytes": generation.kv_bytes_peak,
+            **steps,
         }
 
     # The first chunk is the short one, so passes depend on the remainder and then repeat.
     covered = -(-budget_tokens // chunk_tokens) + 2
     shorter = min(prompt_tokens, prompt_tokens % chunk_tokens + covered * chunk_tokens)
-    warm_tokens = shorter if evicts and not whole_peak else prompt_tokens
+    warm_tokens = shorter if evicts and not whole else prompt_tokens
     return TimedCase(
         case=Case(
             section=section,

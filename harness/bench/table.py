@@ -109,6 +109,7 @@ def markdown(tidy: pd.DataFrame, held: pd.DataFrame) -> str:
         ("neighbour", "prefill_tokens_per_sec"): "Beside other work: prefill, tokens/s",
         ("length", "ttft_sec"): "Time to first token, s, by prompt length",
         ("length", "peak_extra_bytes"): "Peak memory beside the model, MB, by prompt length",
+        ("length", "pass_sec"): "Decoding step after such a prompt, s",
         ("cache", "pass_sec"): "Decoding step, s, by slots and cache",
         ("slots", "decode_tokens_per_sec"): "Decode, tokens/s by slots and cache",
         ("end_to_end", "end_to_end_sec"): "Prompt and answer, s",
@@ -157,8 +158,8 @@ def _across(lines: pd.DataFrame) -> pd.DataFrame:
         sizes = slots + " x " + lines["cache_tokens"].astype(int).astype(str)
     else:  # jobs, each of which has a budget of its own
         sizes = lines["what"].str.replace("_", " ")
-        lines = lines.assign(budget_tokens=None)
-    settings = ("attention", "budget_tokens", "chunk_tokens", "evict_every", "waiting")
+        lines = lines.assign(budget_tokens=None, what="")
+    settings = ("what", "attention", "budget_tokens", "chunk_tokens", "evict_every", "waiting")
     rows = ["system", "policy", *(name for name in settings if lines[name].nunique() > 1)]
     keyed = lines.assign(size=sizes)
     for name in rows:

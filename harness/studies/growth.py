@@ -25,11 +25,10 @@ LABELS = {
 }
 OTHERS = {"generate": "#b05020", "dynamic_cache": "#888888"}
 MARKERS = {"kvarena": "o", "generate": "s", "dynamic_cache": "^"}
-# Section, metric, the size along the axis, and what the panel says of it.
 PANELS = (
-    ("length", "ttft_sec", "prompt_tokens", "time to first token, s", "tokens of the prompt"),
-    ("length", "peak_extra_bytes", "prompt_tokens", "peak memory, MB", "tokens of the prompt"),
-    ("cache", "pass_sec", "cache_tokens", "decoding step, ms", "tokens in the cache"),
+    ("ttft_sec", "time to first token, s"),
+    ("peak_extra_bytes", "peak memory, MB"),
+    ("pass_sec", "decoding step, ms"),
 )
 
 
@@ -49,14 +48,22 @@ def picture(measured: pd.DataFrame) -> bytes:
     with budget_charts.default_settings():
         figure = Figure(figsize=(9.6, 3.0), layout="constrained")
         panels = figure.subplots(1, len(PANELS))
-        for axes, (section, metric, size, name, along) in zip(panels, PANELS, strict=True):
-            lines = measured[(measured["section"] == section) & (measured["metric"] == metric)]
+        # What the engine has read, or what a cache that keeps everything holds.
+        measured = measured.assign(
+            tokens=measured["prompt_tokens"].fillna(measured["cache_tokens"])
+        )
+        measured = measured[measured["section"].isin(["length", "cache"])]
+        for axes, (metric, name) in zip(panels, PANELS, strict=True):
+            lines = measured[measured["metric"] == metric]
             scale = {"peak_extra_bytes": 1e-6, "pass_sec": 1e3}.get(metric, 1.0)
             for system, policy in LABELS:
                 own = lines[(lines["system"] == system) & (lines["policy"] == policy)]
                 if not own.empty:
-                    _line(axes, system, policy, own.sort_values(size), size, scale)
-            axes.set(xscale="log", yscale="log", xlabel=along, title=name)
+                    _line(axes, system, policy, own.sort_values("tokens"), scale)
+            axes.set(xscale="log", yscale="log", xlabel="tokens of text so far", title=name)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter("")
             axes.grid(color="#dddddd", lw=0.5)
             axes.spines[["top", "right"]].set_visible(False)
         for system, policy in LABELS:  # one legend for all panels, which do not have the same lines
@@ -64,12 +71,12 @@ def picture(measured: pd.DataFrame) -> bytes:
         return budget_charts.as_svg(figure)
 
 
-def _line(axes: Axes, system: str, policy: str, own: pd.DataFrame, size: str, scale: float) -> None:
+def _line(axes: Axes, system: str, policy: str, own: pd.DataFrame, scale: float) -> None:
     """Medians, with the quartiles as a band."""
     style = _style(system, policy)
-    axes.plot(own[size], own["median"] * scale, **style)
+    axes.plot(own["tokens"], own["median"] * scale, **style)
     limits = own["q1"] * scale, own["q3"] * scale
-    axes.fill_between(own[size], *limits, color=style["color"], alpha=0.2, lw=0)
+    axes.fill_between(own["tokens"], *limits, color=style["color"], alpha=0.2, lw=0)
 
 
 def _style(system: str, policy: str) -> dict[str, Any]:  # Any: matplotlib's own options
