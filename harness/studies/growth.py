@@ -23,7 +23,7 @@ LABELS = {
     ("generate", "full"): "generate",
     ("dynamic_cache", "full"): "model over a DynamicCache",
 }
-OTHERS = {"generate": "#b05020", "dynamic_cache": "#888888"}
+OTHERS = {"generate": "#3355aa", "dynamic_cache": "#888888"}
 MARKERS = {"kvarena": "o", "generate": "s", "dynamic_cache": "^"}
 PANELS = (
     ("ttft_sec", "time to first token, s"),
