@@ -1,12 +1,14 @@
 """Packed linear layers give the same numbers to the last bit, and are there once."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from kvarena.harness.engine import Engine
 from kvarena.harness.errors import UsageError
-from kvarena.harness.models import load_model
+from kvarena.harness.models import load_model, packed_linear
 from kvarena.harness.models.packed_linear import PackedLinear, _can_pack, pack_linear_layers
 from kvarena.harness.registry import build, load_choice
 from toy_folder import save_model_folder
@@ -42,6 +44,24 @@ def test_weights_come_out_as_they_went_in_and_are_held_once():
     layer = packed(linear)
     assert torch.equal(layer.weight, linear.weight)
     assert not list(layer.parameters())
+
+
+@needs_bfloat16
+def test_a_layer_is_let_go_before_the_layers_that_follow_are_packed(monkeypatch):
+    blocks = [nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16)) for _ in range(5)]
+    model = nn.Sequential(*blocks)
+    originals = [weakref.ref(block[0]) for block in blocks]
+    alive = []
+
+    def counted(linear):
+        alive.append(sum(original() is not None for original in originals))
+        return PackedLinear(linear)
+
+    monkeypatch.setattr(packed_linear, "PackedLinear", counted)
+    pack_linear_layers(model)
+    # The one that has just been packed may still be held.
+    assert all(count <= 5 - place + 1 for place, count in enumerate(alive))
+    assert len(alive) == 5
 
 
 @needs_bfloat16

@@ -39,7 +39,9 @@ class PackedLinear(nn.Module):
 
 def pack_linear_layers(model: nn.Module) -> None:
     """Replace those that can be, one by one, so that at no time all weights are there twice."""
-    for module in list(model.modules()):
+    # A list with the layers in it would keep their weights until all are packed.
+    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
+    for module in parents:
         for name, child in module.named_children():
             if type(child) is nn.Linear and _can_pack(child.weight):
                 setattr(module, name, PackedLinear(child))
