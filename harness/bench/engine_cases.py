@@ -40,13 +40,15 @@ def prefill(
         )
         new_tokens = _STEPS + 1 if whole else 1
         (generation,) = engine.generate([subject.text[:num_tokens]], max_new_tokens=new_tokens)
-        steps = {"pass_sec": 1 / (generation.decode_tokens_per_sec or 0)} if whole else {}
-        return {
+        metrics = {
             "ttft_sec": generation.ttft_sec,
             "prefill_tokens_per_sec": num_tokens / generation.ttft_sec,
             "kv_peak_bytes": generation.kv_bytes_peak,
-            **steps,
         }
+        if whole:
+            assert generation.decode_tokens_per_sec is not None, "more than one token was written"
+            metrics["pass_sec"] = 1 / generation.decode_tokens_per_sec
+        return metrics
 
     # The first chunk is the short one, so passes depend on the remainder and then repeat.
     covered = -(-budget_tokens // chunk_tokens) + 2
