@@ -140,5 +140,5 @@ def test_a_codec_takes_less_than_half_the_resident_memory_of_the_full_cache() ->
         measured[codec] = json.loads(output.stdout.splitlines()[-1])
     full_bytes = measured["none"]["kv_bytes_kept"]
     assert measured["none"]["over_model_bytes"] > 0.95 * full_bytes
-    assert measured["kvcomp"]["over_model_bytes"] < 0.45 * full_bytes, measured
+    assert measured["kvcomp"]["over_model_bytes"] < 0.5 * full_bytes, measured
     assert measured["kvcomp"]["kv_bytes_peak"] < measured["kvcomp"]["over_model_bytes"]

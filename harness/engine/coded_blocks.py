@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from kvarena.codecs.base import Block
 
-# Decoded together: 2 MB of SmolLM2's numbers, and about as much for what they are made from. KIVI
-# decodes a sample of 2000 tokens in 1.4 s with 2048, 1.2 s with 4096, 1.0 s with 16384.
-_ROWS_AT_ONCE = 4096
+# Decoded together: 1 MB of SmolLM2's numbers, and about as much for what they are made from. KIVI
+# decodes a sample of 2000 tokens in 1.4 s with 2048, 1.2 s with 4096, 1.0 s with 16384; but under
+# KVComp a 4000-token prompt takes 57 to 72 MB at its peak with 2048, 63 to 88 with 4096.
+_ROWS_AT_ONCE = 2048
 
 Ints = NDArray[np.int64]
 
