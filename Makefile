@@ -52,7 +52,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #= LAUNCHER   launcher=VALUE            where jobs run: local, joblib (processes here), slurm, ray
 #= ARGS       (words)                   more Hydra overrides, separated by spaces: ARGS='policy.sinks=8 hydra.verbose=true'
 #: PYTHON     interpreter that makes .venv, 3.11 or newer; a different version rebuilds .venv
-#: EXTRAS     optional parts to install: flash (attention=flash; needs a CUDA toolkit), ray (LAUNCHER=ray), triton (tests of GPU kernels)
+#: EXTRAS     optional parts to install: flash (attention=flash; needs a CUDA toolkit), kernels (the same, fetched compiled), ray (LAUNCHER=ray), triton (tests of GPU kernels)
 #: CONFIRM    CONFIRM=1 lets clean-results delete
 #: KVPRESS_PYTHON for bench: an interpreter with kvpress and transformers below 5.3
 #
@@ -175,6 +175,9 @@ reference-ruler: .venv/.stamp ## RULER's retrieval tasks at 1k and 2k: half an h
 score-protection-shape: calibrate-triattention ## score, protection and shape, one at a time, DATA=folder: three hours
 	$(KVARENA) experiment=score_protection_shape $(call typed,DATA,+task.options.data="VALUE") results_dir=results/score-protection-shape
 	$(MODULE).studies.score_protection_shape results/score-protection-shape
+needle-lengths: .venv/.stamp ## needles in 1k to 7k tokens, twenty a length, with intervals and pairs: an hour and a half
+	$(KVARENA) experiment=needle_lengths results_dir=results/needle-lengths
+	$(MODULE).studies.needle_lengths results/needle-lengths
 shared-contexts: .venv/.stamp ## eight questions about one text, in sight, unseen and in a dialogue: an hour
 	$(KVARENA) experiment=shared_contexts results_dir=results/shared-contexts
 	$(MODULE).studies.shared_contexts results/shared-contexts
