@@ -19,6 +19,7 @@ _PACKAGES = (
     "hydra-core",
     "numpy",
     "flash-attn",
+    "kernels",
 )
 
 

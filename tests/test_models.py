@@ -2,15 +2,17 @@
 
 import importlib.metadata
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import constants
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from kvarena.harness.engine import limits
+from kvarena.harness.engine import flash_source, limits
 from kvarena.harness.errors import UsageError
 from kvarena.harness.models import ModelSpec, devices, gguf, loading
 from kvarena.harness.registry import choices, load_choice
@@ -247,9 +249,37 @@ def test_an_unknown_kernel_is_refused_with_a_guess() -> None:
 
 
 def test_flash_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="attention=flash needs the flash-attn package"):
+    flash_source.flash_attn_func.cache_clear()
+    monkeypatch.setattr(flash_source.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="attention=flash needs the package kernels"):
         limits.check_attention("flash", "cuda", torch.bfloat16)
+
+
+def test_flash_comes_from_flash_attn_or_else_compiled_from_the_hub(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The hub's build is asked for by name and version; whatever keeps it away is one line."""
+    asked = []
+
+    def get_kernel(name: str, version: int) -> SimpleNamespace:
+        asked.append((name, version))
+        if len(asked) > 1:
+            raise FileNotFoundError("no build for torch 9\nand more")
+        return SimpleNamespace(flash_attn_func="of the hub")
+
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func="built here"))
+    there = {"kernels"}
+    monkeypatch.setattr(flash_source.importlib.util, "find_spec", lambda name: name in there)
+    flash_source.flash_attn_func.cache_clear()
+    assert flash_source.flash_attn_func() == "of the hub"
+    assert asked == [("kernels-community/flash-attn2", 4)]
+    flash_source.flash_attn_func.cache_clear()
+    with pytest.raises(UsageError, match=r"for this machine \(no build for torch 9\); make setup"):
+        limits.check_attention("flash", "cuda", torch.bfloat16)
+    there.add("flash_attn")
+    assert flash_source.flash_attn_func() == "built here"
+    flash_source.flash_attn_func.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -258,7 +288,7 @@ def test_flash_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flash_needs_cuda_and_half_precision(
     device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(limits, "flash_attn_func", lambda: None)
     with pytest.raises(UsageError, match="attention=flash runs on cuda in bfloat16 or float16"):
         limits.check_attention("flash", device, dtype)
     limits.check_attention("flash", "cuda", torch.bfloat16)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from kvarena.harness.engine.flash_source import flash_attn_func
 from kvarena.harness.errors import UsageError
 from kvarena.policies.base import at_least_float32
 
@@ -140,15 +141,13 @@ def attend_sdpa(
 def attend_flash(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
-    """flash-attn 2, whose causal mask is aligned to the lower right; CUDA, half precision."""
-    from flash_attn import flash_attn_func  # optional, checked by the engine before it starts
-
+    """FlashAttention 2, whose causal mask is aligned to the lower right; CUDA, half precision."""
     if spec.sink_logits is not None or spec.sliding_window is not None:
         raise UsageError(
             "attention=flash cannot apply this model's attention sinks or sliding window to an "
             "evicted cache; use attention=sdpa or attention=reference"
         )
-    output = flash_attn_func(
+    output = flash_attn_func()(
         query.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),

@@ -1,12 +1,11 @@
 """What cannot be run, said before any work: kernels, architectures and contexts."""
 
-import importlib.util
-
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvarena.harness.engine.attention import KERNELS
 from kvarena.harness.engine.eviction import Eviction
+from kvarena.harness.engine.flash_source import flash_attn_func
 from kvarena.harness.errors import UsageError
 from kvarena.harness.registry import one_of
 from kvarena.shapes.uniform import Uniform
@@ -17,13 +16,9 @@ def check_attention(attention: str, device: str, dtype: torch.dtype) -> None:
     one_of("attention", attention, list(KERNELS))
     if attention != "flash":
         return
-    if importlib.util.find_spec("flash_attn") is None:
-        raise UsageError(
-            "attention=flash needs the flash-attn package (make setup EXTRAS=flash, CUDA only); "
-            "or use attention=sdpa"
-        )
     if not device.startswith("cuda") or dtype == torch.float32:
         raise UsageError("attention=flash runs on cuda in bfloat16 or float16; use attention=sdpa")
+    flash_attn_func()  # fetched now, if it must be
 
 
 def check_graphs(device: str, eviction: Eviction, *, codes: bool) -> None:
