@@ -95,6 +95,17 @@ class Codec(ABC):
         One block's rows come after the other's, and in a block one head's after the other's.
         """
 
+    def attend(
+        self, query: Tensor, blocks: Sequence[Block], live: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """Attention over blocks that stay coded; None where they must be decoded for it.
+
+        query: [H', Q, D] of all heads that the blocks are of, H' = M * G, at tokens after all of
+        the blocks'; live: [C, M, R] rows that are still there, None for all of them. The blocks
+        have the same M and R. Returns output [H', Q, D] and log-sum-exp [H', Q], both float32.
+        """
+        return None
+
     @abstractmethod
     def take(self, block: Block, rows: Tensor) -> Block:
         """A block of the given rows ([M, R'], integers) of each head, decoding to the same numbers.
@@ -105,6 +116,17 @@ class Codec(ABC):
     def coarser(self) -> "Codec | None":
         """This codec at the next fewer bits, for a budget in bytes; None: there are none."""
         return None
+
+
+def merge(outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over all tokens from that over parts of them: [P, ..., D], [P, ...] to [..., D].
+
+    A part weighs as much as its sum of exponentials: softmax, split by the distributive law.
+    """
+    total = log_sums.logsumexp(dim=0)
+    # Where no part has a token, -inf - -inf is not a number, but means nothing.
+    shares = (log_sums - total).exp().nan_to_num(nan=0.0)
+    return (outputs * shares[..., None]).sum(dim=0), total
 
 
 def heads_of_rows(blocks: Sequence[Block], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,15 @@ class KIVI(Codec):
         values = dequantise(grouped, low[..., None], step[..., None])
         return keys, values.flatten(1)
 
+    def attend(
+        self, query: Tensor, blocks: Sequence[Block], live: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor] | None:
+        if not query.is_cuda or query.dtype == torch.float64:
+            return None
+        from kvarena.codecs.kivi_triton import attend_coded  # Triton comes with torch for CUDA
+
+        return attend_coded(query, cast(Sequence[KIVIBlock], blocks), self.bits, live, scaling)
+
     def take(self, block: Block, rows: Tensor) -> KIVIBlock:
         block = cast(KIVIBlock, block)
         heads = torch.arange(block.num_heads, device=rows.device)[:, None]

@@ -3,8 +3,7 @@
 A decoding step reads every cached byte once and computes little, so what counts is that 2 or 4 bits
 per number are read rather than 16 written and read again. The result comes with its log-sum-exp, to
 be merged with the attention over the exact window. Coded tokens are older than every query of a
-pass, hence no causal mask. Called with the blocks of codecs/kivi.py; the CodedCache itself decodes
-with plain torch, on any device.
+pass, hence no causal mask. codecs/kivi.py calls it on CUDA, and decodes with plain torch elsewhere.
 
 Shape letters: M KV heads coded together, H' = M * G of their query heads, Q query tokens, C blocks
 of R tokens each, D head dim, B bytes per R codes.
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvarena.codecs.base import merge
 from kvarena.codecs.bits import power_of_two
 from kvarena.codecs.kivi import KIVIBlock
 
@@ -69,17 +69,6 @@ def attend_coded(
             BLOCK_D=max(triton.next_power_of_2(D), _LEAST),
         )
     return merge(outputs, log_sums)
-
-
-def merge(outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over all tokens from that over parts of them: [P, ..., D], [P, ...] to [..., D].
-
-    A part weighs as much as its sum of exponentials: softmax, split by the distributive law.
-    """
-    total = log_sums.logsumexp(dim=0)
-    # Where no part has a token, -inf - -inf is not a number, but means nothing.
-    shares = (log_sums - total).exp().nan_to_num(nan=0.0)
-    return (outputs * shares[..., None]).sum(dim=0), total
 
 
 @triton.jit

@@ -1,9 +1,14 @@
 """The coded store: with a lossless codec it changes nothing; blocks are coded once and counted."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from kvarena.codecs.base import Block
+from kvarena.codecs.kivi import KIVI
 from kvarena.harness.engine import Batch, Engine, Generation, coded_cache
 from kvarena.harness.engine.coded_cache import CodedCache
 from kvarena.harness.registry import build, choices, load_choice
@@ -49,6 +54,77 @@ def generate(
         PROMPTS, max_new_tokens=NEW_TOKENS, record_history=True, record_logits="all"
     )
     return batch, finished(batch)
+
+
+class AttendsCoded(KIVI):
+    """KIVI with attention over its blocks by itself, in plain torch; notes how often."""
+
+    calls = 0
+    with_gaps = 0
+
+    def attend(
+        self, query: Tensor, blocks: Sequence[Block], live: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        type(self).calls += 1
+        type(self).with_gaps += live is not None
+        num_heads, num_rows = blocks[0].num_heads, blocks[0].num_rows
+        keys, values = (
+            part.unflatten(0, (len(blocks), num_heads, num_rows)).transpose(0, 1).flatten(1, 2)
+            for part in self.decode(blocks)
+        )
+        logits = query.float().view(num_heads, -1, query.shape[-1]) @ keys.mT * scaling
+        if live is not None:
+            logits = logits.masked_fill(~live.transpose(0, 1).flatten(1)[:, None], -torch.inf)
+        output = logits.softmax(dim=-1).nan_to_num() @ values
+        return output.view_as(query), logits.logsumexp(dim=-1).view(query.shape[:2])
+
+
+@pytest.mark.parametrize(
+    ("policy_name", "shape", "attends"),
+    [
+        ("full", "uniform", True),
+        ("keydiff", "uniform", True),
+        ("keydiff", "ada", True),
+        ("h2o", "uniform", False),
+        ("streaming_llm", "uniform", False),
+    ],
+)
+def test_a_step_over_blocks_that_stay_coded_gives_the_same_answer(
+    policy_name: str, shape: str, attends: bool
+) -> None:
+    """Not where a pass needs keys or weights: when it evicts, and for policies that see mass."""
+
+    def run(codec: KIVI, attention: str = "sdpa") -> tuple[Batch, list[Generation]]:
+        engine = Engine(
+            toy_model("llama", dtype=torch.float32),
+            policy_named(policy_name),
+            shape=build(load_choice("shape", shape)),
+            codec=codec,
+            budget_tokens=64,
+            chunk_tokens=24,
+            slots=2,
+            evict_every=4,
+            attention=attention,
+        )
+        batch = engine.batch(
+            PROMPTS, max_new_tokens=NEW_TOKENS, record_history=True, record_logits="all"
+        )
+        return batch, finished(batch)
+
+    AttendsCoded.calls = AttendsCoded.with_gaps = 0
+    _, decoded = run(KIVI(window=16, block=8))
+    _, fused = run(AttendsCoded(window=16, block=8))
+    assert bool(AttendsCoded.calls) == attends
+    if policy_name == "keydiff" and shape == "uniform":
+        assert AttendsCoded.with_gaps  # heads that lose different tokens leave some
+    if shape == "uniform":
+        assert_same(fused, decoded, 1e-4)
+    for left, right in zip(fused, decoded, strict=True):
+        assert left.token_ids == right.token_ids
+    assert any("triton" in one.kernels for one in fused) == attends
+    AttendsCoded.calls = 0
+    run(AttendsCoded(window=16, block=8), attention="reference")
+    assert not AttendsCoded.calls, "the yardstick reads every token out"
 
 
 def assert_same(one: list[Generation], other: list[Generation], tolerance: float) -> None:

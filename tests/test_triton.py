@@ -101,8 +101,8 @@ def test_the_kernels_mass_is_the_explicit_sum(shape: tuple[int, ...], dtype: tor
 
     query, keys, values = random_qkv(*shape, dtype)
     spec = AttentionSpec(scaling=shape[-1] ** -0.5)
-    expected = attention.attend_with_mass(
-        query, keys, values, causal_mask(keys, shape[3]), spec, attention.attend_reference
+    *expected, _ = attention.attend_with_mass(
+        query, keys, values, causal_mask(keys, shape[3]), spec, may_fuse=False
     )
     output, mass = triton_mass.attend_with_mass(query, keys, values, spec.scaling)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -154,8 +154,8 @@ def test_torchs_flash_attention_is_asked_for_output_and_log_sums(
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash)
     monkeypatch.setattr(triton_mass, "log_sum_exp", None)
     output, mass = triton_mass.attend_with_mass(query, keys, values, spec.scaling)
-    expected = attention.attend_with_mass(
-        query, keys, values, causal_mask(keys, num_queries), spec, attention.attend_reference
+    *expected, _ = attention.attend_with_mass(
+        query, keys, values, causal_mask(keys, num_queries), spec, may_fuse=False
     )
     torch.testing.assert_close(output, expected[0], atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(mass, expected[1], atol=1e-4, rtol=1e-4)
@@ -271,7 +271,8 @@ def test_attention_over_coded_tokens_is_that_over_decoded_ones(
 @needs_triton
 def test_coded_tokens_merge_with_the_exact_window() -> None:
     """Also for a head whose coded tokens are all evicted: then the window is all there is."""
-    from kvarena.codecs.kivi_triton import attend_coded, merge
+    from kvarena.codecs.base import merge
+    from kvarena.codecs.kivi_triton import attend_coded
 
     query, blocks, live, keys, values = coded_heads(*CODED[0], torch.float32)
     live[:, 1] = False
@@ -291,6 +292,20 @@ def test_coded_tokens_merge_with_the_exact_window() -> None:
     )
     torch.testing.assert_close(output, expected[0])
     torch.testing.assert_close(log_sums, expected[1])
+
+
+@needs_triton
+def test_on_cuda_kivi_attends_to_its_blocks_as_they_are() -> None:
+    query, blocks, live, keys, values = coded_heads(*CODED[0], torch.float32)
+    kivi = KIVI(bits=CODED[0][6], block=CODED[0][4], group=CODED[0][7])
+    on_cuda = query if DEVICE == "cuda" else query.as_subclass(OnCuda)
+    found = kivi.attend(on_cuda, blocks, live, 0.2)
+    assert found is not None
+    expected = attend_decoded(query, keys, values, live, 0.2)
+    for part, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(part.as_subclass(Tensor), wanted, atol=1e-5, rtol=1e-5)
+    assert kivi.attend(on_cuda.double(), blocks, live, 0.2) is None
+    assert kivi.attend(query.cpu(), blocks, live, 0.2) is None
 
 
 COMPILE = """

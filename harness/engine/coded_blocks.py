@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kvarena.codecs.base import Block
 
@@ -93,6 +95,19 @@ def struck(segments: Sequence[Segment], fates: NDArray[np.bool_], num_heads: int
             segment = replace(segment, live=own.copy(), counts=tuple(counts.tolist()))
         left.append(segment)
     return left
+
+
+def are_alike(segments: Sequence[Segment], num_heads: int) -> bool:
+    """Whether there are any, each of them of all heads and with as many rows as the others."""
+    shapes = {(len(segment.heads), segment.block.num_rows) for segment in segments}
+    return len(shapes) == 1 and next(iter(shapes))[0] == num_heads
+
+
+def live_map(segments: Sequence[Segment], device: torch.device) -> Tensor | None:
+    """Which rows of segments that are alike are alive, bool [C, M, R]; None: all of them."""
+    if all(count == segment.block.num_rows for segment in segments for count in segment.counts):
+        return None
+    return torch.from_numpy(np.stack([segment.rows for segment in segments])).to(device)
 
 
 def parts(segments: Sequence[Segment]) -> Iterator[list[Segment]]:

@@ -20,9 +20,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvarena.codecs.base import Codec
+from kvarena.codecs.base import Codec, merge
 from kvarena.harness.engine.attention import AttentionSpec
-from kvarena.harness.engine.coded_blocks import Segment, live_rows, parts, struck
+from kvarena.harness.engine.coded_blocks import (
+    Segment,
+    are_alike,
+    live_map,
+    live_rows,
+    parts,
+    struck,
+)
 from kvarena.harness.engine.layer_cache import LayerCache, move_rows, total_order
 from kvarena.harness.engine.probe_queries import ProbeStore
 from kvarena.harness.engine.query_statistics import QueryStatistics
@@ -88,6 +95,7 @@ class CodedCache(LayerCache):
         self._segments: list[list[Segment]] = [[] for _ in range(num_slots)]
         self._num_exact: list[list[int]] = [[] for _ in range(num_slots)]  # of each head
         self._bytes_in_pass = [0] * num_slots
+        self._is_decoded = [False] * num_slots  # in the slot's last pass
         self._probes: list[ProbeStore | None] = [None] * num_slots
 
     @property
@@ -125,6 +133,7 @@ class CodedCache(LayerCache):
         super()._note_pass(slots, num_tokens)
         for slot in range(slots.start, slots.stop):
             self._bytes_in_pass[slot] = self.held_bytes(slot)
+            self._is_decoded[slot] = False
 
     def _write(self, slots: slice, start: int, keys: Tensor, values: Tensor) -> None:
         for row, slot in enumerate(range(slots.start, slots.stop)):
@@ -143,6 +152,7 @@ class CodedCache(LayerCache):
         keys, values = self._workspace.views(shapes, slots, like)
         keys, values = keys[:, :, :num_tokens], values[:, :, :num_tokens]
         for row, slot in enumerate(range(slots.start, slots.stop)):
+            self._is_decoded[slot] = True
             filled = self._decode(self._segments[slot], keys[row], values[row])
             for head, num_exact in enumerate(self._num_exact[slot]):
                 end = filled[head] + num_exact
@@ -150,6 +160,37 @@ class CodedCache(LayerCache):
                 keys[row, head, filled[head] : end] = self.keys[slot, head, :num_exact]
                 values[row, head, filled[head] : end] = self.values[slot, head, :num_exact]
         return keys, values
+
+    def attend(self, slots: slice, query: Tensor, spec: AttentionSpec) -> Tensor | None:
+        """What the codec attends to as it is coded, merged with the exact tokens."""
+        outputs = []
+        for row, slot in enumerate(range(slots.start, slots.stop)):
+            if not are_alike(self._segments[slot], len(self._num_exact[slot])):
+                return None
+            coded = self.codec.attend(
+                query[row],
+                [segment.block for segment in self._segments[slot]],
+                live_map(self._segments[slot], query.device),
+                spec.scaling,
+            )
+            if coded is None:
+                return None
+            exact = self._attend_exact(slot, query[row], spec)
+            parts = [torch.stack(pair) for pair in zip(coded, exact, strict=True)]
+            outputs.append(merge(parts[0], parts[1])[0].to(query.dtype))
+        return torch.stack(outputs)
+
+    def _attend_exact(self, slot: int, query: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """Output [H, 1, D] and log-sum-exp [H, 1] over the exact tokens alone; query [H, 1, D]."""
+        num_exact = torch.tensor(self._num_exact[slot], device=query.device)
+        longest = max(self._num_exact[slot])
+        keys, values = (buffer[slot, :, :longest].float() for buffer in (self.keys, self.values))
+        grouped = query.float().view(len(num_exact), -1, query.shape[-1])  # [K, G, D]
+        logits = grouped @ keys.transpose(-1, -2) * spec.scaling
+        is_empty = torch.arange(longest, device=query.device) >= num_exact[:, None]
+        logits = logits.masked_fill(is_empty[:, None], float("-inf"))
+        output = logits.softmax(dim=-1) @ values
+        return output.view(*query.shape[:2], -1), logits.logsumexp(dim=-1).view(query.shape[:2])
 
     def _decode(self, segments: Sequence[Segment], keys: Tensor, values: Tensor) -> list[int]:
         """Fill the first places of [K, T, D] with what the blocks hold; how many, per head."""
@@ -291,6 +332,8 @@ class CodedCache(LayerCache):
 
     def workspace_bytes(self, slot: int) -> int:
         """Bytes of one slot's decoded keys and values, there while the layer is at work."""
+        if not self._is_decoded[slot]:
+            return 0
         width = self.keys.shape[-1] + self.values.shape[-1]
         return self._in_pass[slot] * self.keys.shape[1] * width * self._dtype.itemsize
 

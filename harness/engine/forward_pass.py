@@ -143,6 +143,20 @@ class ForwardPass:
         """Whether the policy sees this pass: something goes, or it keeps columns of its own."""
         return budget_tokens is not None or bool(self.eviction.policy.columns)
 
+    def _may_stay_coded(self, cohort: Cohort, spec: AttentionSpec) -> bool:
+        """Whether a step's attention asks nothing that needs keys: no mask, no mass, no moved ones.
+
+        The reference kernel is the yardstick and reads every token out.
+        """
+        needs = self.eviction.policy.needs
+        return (
+            self.attention != "reference"
+            and cohort.num_new == 1
+            and spec.is_causal_only
+            and not needs.attention_mass
+            and not needs.rank_positions
+        )
+
     def _attend_part(
         self,
         cohort: Cohort,
@@ -158,6 +172,12 @@ class ForwardPass:
         query: [S, H, Q, D] of these heads; new: of the whole layer.
         """
         cache, needs = part.cache, self.eviction.policy.needs
+        is_scored = self._is_scored(budget_tokens)
+        if self._may_stay_coded(cohort, spec) and not is_scored:
+            fused = cache.attend(part.slots, query, spec)
+            if fused is not None:
+                cohort.observed.kernels.add("triton")
+                return fused, None
         num_tokens = cache.num_tokens(part.slots)
         keys, values = cache.tokens(part.slots, num_tokens)
         if needs.rank_positions:
@@ -165,7 +185,6 @@ class ForwardPass:
         positions = cache.positions[part.slots, :, :num_tokens]
         mask = self._mask(cohort, positions, spec)
 
-        is_scored = self._is_scored(budget_tokens)
         mass = rows = None
         ran = self.attention
         if needs.attention_mass:

@@ -290,6 +290,13 @@ class LayerCache:
         after[:, :, :num_copied] = before[:, :, :num_copied]
         self._buffers[name] = after
 
+    def attend(self, slots: slice, query: Tensor, spec: AttentionSpec) -> Tensor | None:
+        """Output [S, H, 1, D] of one query per slot where no token needs to be read out for it.
+
+        None: there is nothing better than ``tokens`` and a kernel.
+        """
+        return None
+
     def settle(self, slots: slice, queries: Tensor, positions: Tensor, spec: AttentionSpec) -> None:
         """Called when a pass is done with the layer; tokens that stay as they are need nothing."""
 
