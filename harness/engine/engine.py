@@ -19,6 +19,7 @@ from kvarena.codecs.none import NoCodec
 from kvarena.harness.engine.batch import Batch, Recording
 from kvarena.harness.engine.cuda_graphs import GraphedBatch
 from kvarena.harness.engine.eviction import Eviction
+from kvarena.harness.engine.free_memory import keep_free_memory
 from kvarena.harness.engine.generation import Generation, in_order
 from kvarena.harness.engine.limits import check_architecture, check_attention, check_graphs
 from kvarena.harness.engine.request import Request, settled
@@ -83,6 +84,7 @@ class Engine:
         if graphs:
             codes = codec is not None and codec.codes
             check_graphs(model.device.type, self.eviction, codes=codes)
+        keep_free_memory()
         self.model = model
         self.policy = policy
         self.codec = codec or NoCodec()
