@@ -269,12 +269,20 @@ def test_a_whole_quick_run_writes_every_section_and_judges_every_target(
         "DynamicCache",
         "h2o over str",
         "evict_every 2, slots 2",
+        "sample, kivi over none, keydiff, slots 1",
         "job, bfloat16 over float32",
         "beside a busy loop",
     ):
         assert name in figures
     assert judged.loc[judged["figure"].str.contains("idle slot"), "met"].tolist() == ["yes"] * 2
     assert (tmp_path / "quick.md").read_text() == text
+    of_codecs = text.partition("## Codecs: time of a sample")[2].partition("## ")[0]
+    assert "| 1 slot | 2 slots |" in of_codecs
+    assert of_codecs.count("| zipcache |") == 2
+    kept = table[table["metric"] == "kv_kept_bytes"].set_index(["policy", "codec", "slots"])[
+        "median"
+    ]
+    assert kept["full", "kivi", 1] < kept["full", "none", 1], "the sample is long enough to code"
     of_dtypes = text.partition("## Data types: a pass")[2].partition("## ")[0]
     assert of_dtypes.count("| decode |") == of_dtypes.count("| prefill |") == 2
 

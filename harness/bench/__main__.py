@@ -9,6 +9,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from kvarena.harness.bench.codecs import codecs
 from kvarena.harness.bench.dtypes import dtypes
 from kvarena.harness.bench.engine_cases import decode, prefill
 from kvarena.harness.bench.jobs import jobs
@@ -27,7 +28,17 @@ from kvarena.harness.bench.sizes import CHIEF, DEFAULT, FULL, QUICK, Sizes
 from kvarena.harness.bench.subjects import BUNDLED_MODEL, Subject, of_name
 from kvarena.harness.bench.targets import targets
 
-SECTIONS = ("prefill", "decode", "policies", "phases", "job", "roofline", "dtypes", "neighbour")
+SECTIONS = (
+    "prefill",
+    "decode",
+    "policies",
+    "codecs",
+    "phases",
+    "job",
+    "roofline",
+    "dtypes",
+    "neighbour",
+)
 
 
 def prefills(subject: Subject, sizes: Sizes, kvpress: KvpressServer | None) -> list[TimedCase]:
@@ -137,6 +148,7 @@ def sections(
         "prefill": Section(cases=lambda: prefills(subject, sizes, kvpress), rounds=sizes.rounds),
         "decode": Section(cases=lambda: decodes(subject, sizes), rounds=sizes.rounds),
         "policies": Section(cases=lambda: policies(subject, sizes), rounds=sizes.rounds),
+        "codecs": Section(cases=lambda: codecs(subject, sizes), rounds=sizes.rounds),
         "phases": Section(cases=lambda: phases(subject, sizes), rounds=sizes.rounds),
         "job": Section(cases=lambda: jobs(subject, sizes, kvpress), rounds=sizes.job_rounds),
         "roofline": Section(cases=lambda: roofline(subject, sizes), rounds=sizes.rounds),

@@ -29,6 +29,7 @@ class Case:
     what: str
     system: str = "kvarena"
     policy: str | None = None
+    codec: str | None = None
     attention: str | None = None
     prompt_tokens: int | None = None
     new_tokens: int | None = None

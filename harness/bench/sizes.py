@@ -53,6 +53,7 @@ class Sizes(Measured):
     compared; passes: timed at each visit of a state that is full; evict_every: of their decoding.
     job_prompts prompts of job_lengths by turns with job_new_tokens answers; answer_prompts short
     prompts with answer_new_tokens under answer_budget_tokens (MATH-like); job_slots: for both.
+    codec_prompt_tokens, codec_new_tokens: of the sample that is read and written with each codec.
     matmul_rows, stream_floats: sizes at which the machine's own rates are taken.
     """
 
@@ -77,6 +78,8 @@ class Sizes(Measured):
     answer_new_tokens: int = 256
     answer_budget_tokens: int = 256
     job_slots: int = 8
+    codec_prompt_tokens: int = 2000
+    codec_new_tokens: int = 32
     matmul_rows: int = 512
     stream_floats: int = 2**26
 
@@ -106,6 +109,8 @@ QUICK = Sizes(
     answer_new_tokens=8,
     answer_budget_tokens=48,
     job_slots=2,
+    codec_prompt_tokens=208,
+    codec_new_tokens=4,
     matmul_rows=64,
     stream_floats=2**16,
 )

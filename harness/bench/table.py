@@ -102,6 +102,8 @@ def markdown(tidy: pd.DataFrame, held: pd.DataFrame) -> str:
         ("decode", "decode_tokens_per_sec"): "Decode, tokens/s by slots and cache",
         ("policies", "ttft_sec"): "Policies: time to first token, s",
         ("policies", "pass_sec"): "Policies: decode step, s, by slots and cache",
+        ("codecs", "sample_cpu_sec"): "Codecs: CPU time of a sample, s, by slots",
+        ("codecs", "sample_sec"): "Codecs: time of a sample, s, by slots",
         ("job", "samples_per_min"): "Jobs, samples per minute",
         ("dtypes", "pass_sec"): "Data types: a pass, s, by slots and cache",
         ("dtypes", "samples_per_min"): "Data types: samples per minute",
@@ -150,6 +152,8 @@ def _across(lines: pd.DataFrame) -> pd.DataFrame:
     """One row per system and policy, one column per size."""
     if lines["beside"].notna().all():
         sizes = "beside " + lines["beside"]
+    elif lines["codec"].notna().all():
+        sizes = lines["slots"].astype(int).map("{} slots".format).replace("1 slots", "1 slot")
     elif lines["prompt_tokens"].notna().all():
         lines = lines.sort_values("prompt_tokens", kind="stable")
         sizes = lines["prompt_tokens"].astype(int).map("{} tokens".format)
@@ -159,7 +163,8 @@ def _across(lines: pd.DataFrame) -> pd.DataFrame:
     else:  # jobs, each of which has a budget of its own
         sizes = lines["what"].str.replace("_", " ")
         lines = lines.assign(budget_tokens=None, what="")
-    settings = ("what", "attention", "budget_tokens", "chunk_tokens", "evict_every", "waiting")
+    settings = ["what", "codec", "attention", "budget_tokens", "chunk_tokens", "evict_every"]
+    settings.append("waiting")
     rows = ["system", "policy", *(name for name in settings if lines[name].nunique() > 1)]
     keyed = lines.assign(size=sizes)
     for name in rows:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from kvarena.harness.bench.codecs import CODECS, PLAIN, POLICIES
 from kvarena.harness.bench.dtypes import SYSTEMS
 from kvarena.harness.bench.measure import select
 from kvarena.harness.bench.neighbour import BRIEF, BUSY, NONE, NOTHING, OWN, WORKER
@@ -19,7 +20,7 @@ TARGET_COLUMNS = ["figure", "median", "q1", "q3", "bound", "met"]
 def targets(measured: pd.DataFrame, sizes: Sizes, dtype: str = "float32") -> pd.DataFrame:
     """One line per figure of which both sides were measured."""
     lines = [*_prefill(measured, sizes), *_decode(measured, sizes, dtype)]
-    lines += [*_policies(measured, sizes), *_jobs(measured, sizes)]
+    lines += [*_policies(measured, sizes), *_codecs(measured, sizes), *_jobs(measured, sizes)]
     lines += [*_dtypes(measured, sizes), *_neighbour(measured)]
     return pd.DataFrame([line for line in lines if line], columns=TARGET_COLUMNS)
 
@@ -117,6 +118,22 @@ def _policies(measured: pd.DataFrame, sizes: Sizes) -> Iterator[dict[str, object
                     / sec("pass_sec", "full", **shape),
                     at_most=1.1 if every == 1 else 1.05,
                 )
+
+
+def _codecs(measured: pd.DataFrame, sizes: Sizes) -> Iterator[dict[str, object]]:
+    def sec(codec: str, **labels: object) -> pd.Series:
+        return select(measured, "sample_cpu_sec", section="codecs", codec=codec, **labels)
+
+    for slots in (1, sizes.job_slots):
+        for policy in POLICIES:
+            for codec in CODECS:
+                if codec != PLAIN:
+                    yield check(
+                        f"CPU time of a sample, {codec} over none, {policy}, slots {slots}",
+                        sec(codec, policy=policy, slots=slots)
+                        / sec(PLAIN, policy=policy, slots=slots),
+                        at_most=1.15,
+                    )
 
 
 def _jobs(measured: pd.DataFrame, sizes: Sizes) -> Iterator[dict[str, object]]:
