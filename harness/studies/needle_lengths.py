@@ -44,7 +44,7 @@ def pairs_of(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _contests(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of cells that have every sample, with the length in their task."""
-    complete = recorded_study.complete_cells(rows, ["policy", "budget"])
+    complete = recorded_study.complete_cells(rows, ["policy", "budget", "run"])
     whole = pd.concat(complete.values())
     whole["task"] = "needle-" + whole["meta_length_target"].astype(int).astype(str)
     planned = whole.groupby(["task", "policy", "budget"])["sample_id"].transform("nunique")
