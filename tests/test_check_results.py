@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from faulty import Kvarena
-from kvarena.harness.cells.check_results import faults, merge
+from kvarena.harness.cells.check_results import faults, main, merge
 from kvarena.harness.errors import UsageError
 from kvarena.harness.report import after_run
-from test_entry import call, kvarena  # noqa: F401 - a fixture
 from toy_folder import toy_overrides
 
 Lines = list[dict]
@@ -140,16 +138,24 @@ def test_a_sound_folder_is_merged_once_and_nothing_is_overwritten(
 def test_the_command_ends_with_2_on_faults_and_merges_only_sound_ones(
     sent: Path,
     tmp_path: Path,
-    kvarena: Kvarena,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def ended(*arguments: object) -> int:
+        monkeypatch.setattr("sys.argv", ["check_results", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
     into = tmp_path / "mine"
     edited(answers(sent), lambda rows: rows.pop())
-    outcome = call(kvarena, "cells.check_results", sent, "--into", into)
-    assert outcome.code == 2
-    assert outcome.err.splitlines()[-1] == f"error: 1 fault in {sent}, see above; nothing was added"
+    assert ended(sent, "--into", into) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: 1 fault in {sent}, see above; nothing was added"
     assert not into.exists()
     shutil.rmtree(answers(sent))
-    outcome = call(kvarena, "cells.check_results", sent, "--into", into)
-    assert (outcome.code, outcome.err) == (0, "")
-    assert "1 cell added" in outcome.out
-    assert call(kvarena, "cells.check_results", tmp_path / "toy").code == 2
+    assert ended(sent, "--into", into) == 0
+    assert "1 cell added" in capsys.readouterr().out
+    assert ended(tmp_path / "nothing") == 2

@@ -113,9 +113,7 @@ def _column_faults(rows: Sequence[Row]) -> Iterator[str]:
         yield f"columns that are missing or empty: {told}; {_MOVE_AWAY}"
 
 
-def _identity_faults(
-    path: Path, manifest: Mapping[str, Any], rows: Sequence[Row]
-) -> Iterator[str]:
+def _identity_faults(path: Path, manifest: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
     """Where manifest, folder and rows do not name the same cell."""
     identity = manifest["identity"]
     folder = CellFolder(path.parents[3], identity)
@@ -274,7 +272,9 @@ def main() -> None:
             print(f"fault: {fault}", file=sys.stderr)
         if found:
             nothing = "; nothing was added" if given.into else ""
-            raise UsageError(f"{_counted(len(found), 'fault')} in {given.folder}, see above{nothing}")
+            raise UsageError(
+                f"{_counted(len(found), 'fault')} in {given.folder}, see above{nothing}"
+            )
         cells = find_cells(given.folder)
         print(f"{given.folder}: {_counted(len(cells), 'cell')}, no fault")
         if given.into:
