@@ -106,7 +106,7 @@ def _column_faults(rows: Sequence[Row]) -> Iterator[str]:
         )
     lacking: Counter[str] = Counter()
     for row in rows:
-        wanted = (*_ALWAYS, *_ANSWERED) if row["status"] == "ok" else _ALWAYS
+        wanted = (*_ALWAYS, *_ANSWERED) if row.get("status") == "ok" else _ALWAYS
         lacking.update(name for name in wanted if row.get(name) is None)
     if lacking:
         told = ", ".join(f"{name} (in {number} rows)" for name, number in lacking.items())
@@ -123,7 +123,8 @@ def _identity_faults(path: Path, manifest: Mapping[str, Any], rows: Sequence[Row
             f"and not of this folder, run {manifest.get('run_id')}; {_MOVE_AWAY}"
         )
     expected = {name: identity[name] for name in _SAME if name in identity}
-    expected |= {row: identity[name]["name"] for name, row in _NAMED.items() if name in identity}
+    named = {row: identity.get(name) for name, row in _NAMED.items()}
+    expected |= {row: of["name"] for row, of in named.items() if isinstance(of, dict)}
     expected |= {"run_id": folder.run_id}
     for name, value in expected.items():
         others = sorted({str(row[name]) for row in rows if row.get(name, value) != value})
@@ -145,7 +146,7 @@ def _coverage_faults(
     if planned is None:
         yield f"sample_ids.json is missing, so that nobody knows what was planned; {_RUN_AGAIN}"
         return
-    good = [row for row in rows if row["status"] == "ok"]
+    good = [row for row in rows if row.get("status") == "ok"]
     ok = {row["sample_id"] for row in good}
     if missing := sorted(map(str, planned - ok)):
         yield (
@@ -171,7 +172,7 @@ def _score_faults(path: Path, identity: Mapping[str, Any]) -> Iterator[str]:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # stray samples have a line of their own
-        rows = [row for row in read_lines(path) if row["status"] == "ok"]
+        rows = [row for row in read_lines(path) if row.get("status") == "ok"]
     again = _forced_again if task.is_teacher_forced else _again
     wrong = []
     for row in rows:

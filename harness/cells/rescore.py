@@ -67,9 +67,11 @@ def task_of(path: Path, identity: Mapping[str, Any]) -> Task:
     """The task of a cell as its manifest has it. Raises UsageError for one that is not here."""
     settings = {k: v for k, v in identity["task"].items() if k not in ("name", "version")}
     try:
-        task: Task = build(settings)
+        task = build(settings)
     except (KeyError, UsageError) as error:
         raise UsageError(f"{path} is of a task that cannot be built here: {error}") from error
+    if not isinstance(task, Task):
+        raise UsageError(f"{path} is of a task that cannot be built here: {type(task).__name__}")
     return task
 
 

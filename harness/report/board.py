@@ -49,8 +49,8 @@ app_file: index.html
 pinned: false
 ---
 
-KV-cache compression policies under equal memory budgets. Open index.html; kvarena's `make board` wrote
-this folder.
+KV-cache compression policies under equal memory budgets. `make board` of kvarena wrote this folder;
+open index.html.
 """
 
 
@@ -145,7 +145,8 @@ def _page(
         files = [_write_rows(site, name, study, rows, line) for line in cells.to_dict("records")]
         made_by = [commands.names(study, run_ids) for run_ids in cells["run_ids"]]
         parts.append(cells.assign(rows_file=files, made_by=made_by))
-        for variant, contest in cells.groupby("variant"):
+        for variant in cells["variant"].unique():
+            contest = cells[cells["variant"] == variant]
             where = f"{study.name}, {variant}" if variant else study.name
             of_contest = rows[rows["variant"].fillna("") == variant]
             warnings += [f"{where}: {text}" for text in coverage_warnings(of_contest, contest)]
