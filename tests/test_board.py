@@ -173,7 +173,9 @@ def test_cells_come_with_the_command_that_was_typed_and_count_once(tmp_path: Pat
     (study,) = find_studies(tmp_path)
     recorded(tmp_path, "tables/needle", study.rows)
     assert [(one.name, len(one.rows)) for one in find_studies(tmp_path)] == [("runs", 2)]
-    page = site_of(tmp_path)[1]["needle--toy.html"]
+    begun = cell(tmp_path, "tova")
+    page, index = (site_of(tmp_path)[1][name] for name in ("needle--toy.html", "index.html"))
+    assert f"Not shown: runs/needle/toy/{begun.path.name}, since" in index.text
     assert "kvarena task=needle budget=64 makes runs; Python" in page.text
 
 

@@ -6,7 +6,7 @@ are in both are taken from the cells.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -42,25 +42,34 @@ class Study:
 
 def find_studies(results_dir: Path) -> list[Study]:
     """All of a folder, cells first. Raises UsageError for damage, and where there are no rows."""
-    live = [*_cells(results_dir), *_recorded(results_dir)]
     seen: set[str] = set()
     found = []
-    for study in live:
+    for study in [*_cells(results_dir), *_recorded(results_dir)]:
         rows = study.rows[~study.rows["run_id"].isin(seen)]
         seen |= set(rows["run_id"])
         if len(rows):
-            found.append(Study(**{**vars(study), "rows": rows.reset_index(drop=True)}))
+            found.append(replace(study, rows=rows.reset_index(drop=True)))
     if not found:
         raise UsageError(f"{results_dir} has no rows; run something first (make demo)")
     return found
 
 
 def without_rows(results_dir: Path) -> list[str]:
-    """Names of summaries whose rows are not in the folder, so that nothing can be linked to."""
-    summaries = sorted([*results_dir.glob("*-summary.csv"), *results_dir.glob("*/*-summary.csv")])
-    return [
-        str(path.relative_to(results_dir)) for path in summaries if not _rows_beside(path).exists()
-    ]
+    """Summaries and begun cells whose rows are not in the folder, so that nothing can be shown."""
+    summaries = [path for path in _summaries(results_dir) if not _rows_beside(path).exists()]
+    begun: set[Path] = set()
+    for runs in _runs(results_dir):
+        manifests = runs.glob("*/*/*/manifest.json")
+        begun |= {path.parent for path in manifests} - set(find_cells(runs.parent))
+    return [str(path.relative_to(results_dir)) for path in [*summaries, *sorted(begun)]]
+
+
+def _summaries(results_dir: Path) -> list[Path]:
+    return sorted([*results_dir.glob("*-summary.csv"), *results_dir.glob("*/*-summary.csv")])
+
+
+def _runs(results_dir: Path) -> list[Path]:
+    return sorted([*results_dir.glob("runs"), *results_dir.glob("*/runs")])
 
 
 def _rows_beside(summary: Path) -> Path:
@@ -68,7 +77,7 @@ def _rows_beside(summary: Path) -> Path:
 
 
 def _cells(results_dir: Path) -> Iterator[Study]:
-    for runs in sorted([*results_dir.glob("runs"), *results_dir.glob("*/runs")]):
+    for runs in _runs(results_dir):
         paths = find_cells(runs.parent)
         rows = read_rows(paths)
         if rows.empty:
@@ -85,8 +94,7 @@ def _cells(results_dir: Path) -> Iterator[Study]:
 
 def _recorded(results_dir: Path) -> Iterator[Study]:
     commands = _commands(results_dir)
-    summaries = sorted([*results_dir.glob("*-summary.csv"), *results_dir.glob("*/*-summary.csv")])
-    for path in map(_rows_beside, summaries):
+    for path in map(_rows_beside, _summaries(results_dir)):
         if not path.exists():
             continue
         rows, file = recorded_rows(path), path.relative_to(results_dir)

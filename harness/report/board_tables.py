@@ -133,6 +133,9 @@ def board_columns(cells: pd.DataFrame, command_names: Sequence[str]) -> list[Tab
         "Made by: the command, below the table.",
         [SortedText(name, name, f"#{name.split()[0]}") for name in command_names],
     )
+    told = ("protect", "shape", "codec_used")
+    lacking = any(line[name] == NOT_RECORDED for line in lines for name in told)
+    unsaid = f"{NOT_RECORDED}: the rows do not say." if lacking else ""
     columns = [
         policy,
         budget,
@@ -141,7 +144,7 @@ def board_columns(cells: pd.DataFrame, command_names: Sequence[str]) -> list[Tab
         front,
         _plain("study", lines, "study"),
         _plain("settings", lines, "variant"),
-        _plain("protection", lines, "protect", f"{NOT_RECORDED}: the rows do not say."),
+        _plain("protection", lines, "protect", unsaid),
         _plain("shape", lines, "shape"),
         _plain("codec", lines, "codec_used"),
         *rest[_num_kl(rest) :],
