@@ -53,6 +53,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 #= ARGS       (words)                   more Hydra overrides, separated by spaces: ARGS='policy.sinks=8 hydra.verbose=true'
 #: PYTHON     interpreter that makes .venv, 3.11 or newer; a different version rebuilds .venv
 #: EXTRAS     optional parts to install: flash (attention=flash; needs a CUDA toolkit), kernels (the same, fetched compiled), ray (LAUNCHER=ray), triton (tests of GPU kernels)
+#: INTO       results folder that check-results adds the cells to, if all are sound
 #: CONFIRM    CONFIRM=1 lets clean-results delete
 #: KVPRESS_PYTHON for bench: an interpreter with kvpress and transformers below 5.3
 #
@@ -99,7 +100,7 @@ endif
 BENCHMARKS := needle longbench math500 gsm8k aime25 ruler scbench fidelity
 RUN_TARGETS := demo $(BENCHMARKS) plan
 $(foreach target,$(RUN_TARGETS) help,$(eval of-$(target) := $(RUN_VARIABLES)))
-$(foreach target,status drop-planned table report rescore,$(eval of-$(target) := RESULTS))
+$(foreach target,status drop-planned table report board rescore check-results,$(eval of-$(target) := RESULTS))
 $(foreach target,reference-longbench reference-math500,$(eval of-$(target) := DATA))
 $(foreach target,train-locret calibrate-triattention,$(eval of-$(target) := MODEL DEVICE))
 of-check-policy := POLICY ARGS
@@ -153,8 +154,12 @@ table: .venv/.stamp ## all rows as Parquet and CSV; tables for papers in Markdow
 	@$(MODULE).report.paper_tables $(FROM)
 report: .venv/.stamp ## one HTML page with every picture and table, to open without network
 	@$(MODULE).report.html_page $(FROM)
+board: .venv/.stamp ## a static site: a page per model and task, filters, rows of every number; RESULTS/board
+	@$(MODULE).report.board $(FROM)
 rescore: .venv/.stamp ## score stored answers again, without a model; nothing is overwritten
 	@$(MODULE).cells.rescore $(FROM)
+check-results: .venv/.stamp ## is every cell of RESULTS=folder whole and its scores right; INTO=results adds it
+	@$(MODULE).cells.check_results $(FROM) $(if $(INTO),--into '$(value INTO)')
 
 ##@ Recorded runs (conf/experiment says what runs; results/reference, results/equal-bytes, results/anatomy)
 
@@ -241,7 +246,7 @@ clean: ## remove .venv and caches; results stay
 clean-results: ## remove what runs wrote under results/ (only with CONFIRM=1)
 	@test '$(CONFIRM)' = 1 || { echo 'This deletes every measurement in results/ (runs, sweeps, tables,' \
 	  'plots). If you mean it: make clean-results CONFIRM=1' >&2; exit 1; }
-	rm -rf results/runs results/sweeps results/tables results/plots results/cache results/report.html
+	rm -rf results/runs results/sweeps results/tables results/plots results/cache results/board results/report.html
 
 # Extras or an interpreter that were asked for are compared with what is there.
 ASKED := $(if $(filter-out file,$(origin PYTHON)),--this-python) $(if $(EXTRAS),--extras '$(EXTRAS)')

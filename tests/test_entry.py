@@ -25,7 +25,9 @@ READING = (
     "report.status",
     "report.paper_tables",
     "report.html_page",
+    "report.board",
     "cells.rescore",
+    "cells.check_results",
     "studies.equal_bytes",
 )
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvarena.harness.analysis.row_frame import recorded_rows
+from kvarena.harness.analysis.row_frame import recorded_rows, without_texts
 from kvarena.harness.command import overrides
 from kvarena.harness.studies import score_protection_shape as study
-from kvarena.harness.studies.reference import REFERENCE, REPOSITORY, with_table, without_texts
+from kvarena.harness.studies.reference import REFERENCE, REPOSITORY, with_table
 
 README = (REPOSITORY / "README.md").read_text()
 RESULTS = REPOSITORY / "results"

@@ -6,7 +6,7 @@ tokens at which the policy's first choice is the full cache's.
 
 import pandas as pd
 
-from kvarena.harness.analysis.comparison import CELL
+from kvarena.harness.analysis.comparison import CELL, compare_cells
 
 _MEASURES = ("kl_mean", "kl_max", "nll_difference", "attention_recall")
 
@@ -34,6 +34,15 @@ def with_kl(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     by_part = rows[rows["status"] == "ok"].groupby([*CELL, "part"])["kl_mean"].mean()
     joined = cells.join(by_part.groupby(CELL).mean(), on=CELL)
     return joined.assign(kl_mean=joined["kl_mean"].where(joined["score"].notna()))
+
+
+def with_kl_limits(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """``cells`` from with_kl with the 95 % interval of each KL, kl_mean_low and kl_mean_high."""
+    if not are_forced(rows):
+        return cells
+    own = compare_cells(rows.assign(score=rows["kl_mean"]), bounds=None).set_index(CELL)
+    ends = {f"score_{end}": f"kl_mean_{end}" for end in ("low", "high")}
+    return cells.join(own[list(ends)].rename(columns=ends), on=CELL)
 
 
 def distances(rows: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from kvarena.harness.store.cell_files import read_manifest, read_status
 from kvarena.harness.store.row_files import codecs_used, read_lines, read_sample_ids
 
 _TEXTS = ("budget", "variant", "part")  # empty ones would come back as not-a-number
+_OF_BENCHMARKS = ("prediction", "reference", "references", "meta_all_classes")
 
 
 def read_rows(
@@ -44,6 +45,12 @@ def recorded_rows(path: Path) -> pd.DataFrame:
     """Rows from a CSV file that a command wrote; texts that are empty stay texts."""
     rows = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str))
     return rows.fillna({name: "" for name in _TEXTS if name in rows})
+
+
+def without_texts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows without benchmark texts, model texts and the long lists per token."""
+    lists = [name for name in rows.columns if name.endswith(("_per_token", "_by_layer_head"))]
+    return rows.drop(columns=[name for name in [*_OF_BENCHMARKS, *lists] if name in rows.columns])
 
 
 def _printable(value: Any) -> Any:  # Any: JSON values

@@ -21,7 +21,7 @@ from kvarena.harness.store.cell_folder import CellFolder
 from kvarena.tasks.base import Sample, Task
 
 _SCORABLE = ("ok", "score_error")
-_NEEDED = ("references", "document", "part", "prediction", "finish_reason")
+NEEDED = ("references", "document", "part", "prediction", "finish_reason")
 
 
 def rescore_cell(path: Path) -> tuple[int, int]:
@@ -30,11 +30,7 @@ def rescore_cell(path: Path) -> tuple[int, int]:
     Raises UsageError for a cell whose answers are forced: what it measured is not stored.
     """
     identity = read_manifest(path)["identity"]
-    settings = {k: v for k, v in identity["task"].items() if k not in ("name", "version")}
-    try:
-        task: Task = build(settings)
-    except (KeyError, UsageError) as error:
-        raise UsageError(f"{path} is of a task that cannot be built here: {error}") from error
+    task = task_of(path, identity)
     if task.is_teacher_forced:
         raise UsageError(f"{path}: {task.name} measures logits, which are not stored; run it again")
     folder = CellFolder(path.parents[3], {k: v for k, v in identity.items() if k != "schema"})
@@ -46,14 +42,14 @@ def rescore_cell(path: Path) -> tuple[int, int]:
         for row in folder.rows():
             if row.get("status") not in _SCORABLE:
                 continue
-            missing = [name for name in _NEEDED if row.get(name) is None]
+            missing = [name for name in NEEDED if row.get(name) is None]
             if missing:
                 raise UsageError(
                     f"{path}: sample {row['sample_id']} has no {', '.join(missing)}; move the "
                     "folder away to run the cell again"
                 )
             num_scored += 1
-            found = {"status": "ok", **_score_of(task, row)}
+            found = {"status": "ok", **score_of(task, row)}
             if found["status"] != "ok" and row["status"] == "ok":
                 print(f"{path}: {row['sample_id']} keeps its score, {found['error']}")
                 continue
@@ -67,8 +63,20 @@ def rescore_cell(path: Path) -> tuple[int, int]:
     return num_scored, num_changed
 
 
-def _score_of(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the task's metrics say of a stored answer."""
+def task_of(path: Path, identity: Mapping[str, Any]) -> Task:
+    """The task of a cell as its manifest has it. Raises UsageError for one that is not here."""
+    settings = {k: v for k, v in identity["task"].items() if k not in ("name", "version")}
+    try:
+        task = build(settings)
+    except (KeyError, UsageError) as error:
+        raise UsageError(f"{path} is of a task that cannot be built here: {error}") from error
+    if not isinstance(task, Task):
+        raise UsageError(f"{path} is of a task that cannot be built here: {type(task).__name__}")
+    return task
+
+
+def score_of(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the task's metrics say of a stored answer; of a row that has all of NEEDED."""
     sample = Sample(
         id=row["sample_id"],
         prompt_token_ids=(),

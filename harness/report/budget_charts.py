@@ -97,7 +97,7 @@ def memory_chart(cells: pd.DataFrame, ylabel: str) -> bytes:
     known = cells.dropna(subset=["score", "kv_bytes_kept"]).sort_values("kv_bytes_kept")
     megabytes, percent = known["kv_bytes_kept"] / 1e6, 100 * known["score"]
     styles = policy_styles(cells["policy"])
-    front = pareto_front(megabytes.to_numpy(), percent.to_numpy())
+    front = on_front(known)
     with default_settings():
         figure, axes = _figure(HEIGHT_IN)
         for policy in sorted(known["policy"].unique()):
@@ -114,6 +114,20 @@ def memory_chart(cells: pd.DataFrame, ylabel: str) -> bytes:
         axes.set(xlabel="KV cache kept (MB)", ylabel=ylabel)
         from_zero(axes, known, 100)
         return as_svg(figure)
+
+
+def on_front(cells: pd.DataFrame) -> pd.Series:
+    """Which cells no other one beats in both score and bytes kept, matching it in the rest.
+
+    Cells without both figures, and references, whose memory nothing bounds, neither are nor beat.
+    """
+    known = cells[["score", "kv_bytes_kept"]].notna().all(axis=1)
+    if "bounded" in cells:
+        known &= cells["bounded"].astype(bool)
+    found = pd.Series(False, index=cells.index)
+    own = cells[known]
+    found[known] = pareto_front(own["kv_bytes_kept"].to_numpy(), own["score"].to_numpy())
+    return found
 
 
 def pareto_front(costs: np.ndarray, scores: np.ndarray) -> np.ndarray:

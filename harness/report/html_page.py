@@ -72,13 +72,7 @@ def render(
         for number, key in enumerate(keys, start=1)
     ]
     warnings = [f"{one['title']}: {text}" for one in sections for text in one["incomplete"]]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "report_page"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(
+    return template("page.html.j2").render(
         num_cells=counted(len(cells), "cell"),
         num_rows=counted(len(rows), "sample"),
         sections=sections,
@@ -86,6 +80,16 @@ def render(
         warnings=warnings + [f"{name}: begun, no samples yet" for name in empty_cells],
         provenance=provenance,
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of report_page/, whose values are escaped and of which none may be missing."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "report_page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    ).get_template(name)
 
 
 def _section(

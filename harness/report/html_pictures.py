@@ -75,7 +75,7 @@ def section_pictures(rows: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Pictur
             yield from _budget_pictures(rows, cells, measure)
     yield from _turn_pictures(rows, cells)
     if cells["score"].notna().any():
-        yield _memory_picture(cells, measures[0])
+        yield memory_picture(cells)
     yield from _bar_pictures(cells)
     yield from _needle_overviews(_complete(rows, cells))
 
@@ -142,12 +142,14 @@ def _turn_pictures(rows: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Picture]
         )
 
 
-def _memory_picture(cells: pd.DataFrame, measure: Measure) -> Picture:
+def memory_picture(cells: pd.DataFrame) -> Picture:
+    """Score, or agreement of forced answers, by bytes kept, with the Pareto front."""
+    measure = _AGREEMENT if are_forced(cells) else _SCORE
     megabytes = _in_words(cells, "kv_bytes_kept", 1e-6)
     return Picture(
         f"{measure.title} by memory kept",
-        "Up and to the left is better. No cell beats a ringed one in both memory and mean score; "
-        "intervals may still overlap.",
+        "Up and to the left is better. No cell in bounded memory beats a ringed one in both memory "
+        "and mean score; intervals may still overlap.",
         f"Scatter chart, {measure.ylabel} by KV cache kept. MB kept: {megabytes}.",
         _uri(budget_charts.memory_chart(cells, measure.ylabel), "svg+xml"),
     )

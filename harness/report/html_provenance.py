@@ -30,7 +30,7 @@ def describe_cells(cell_paths: Sequence[Path]) -> dict[str, Any]:
     for path in cell_paths:
         manifest = read_manifest(path)
         identity = manifest.get("identity", {})
-        environment, command = _environment(manifest), _command(manifest.get("argv", []))
+        environment, command = environment_of(manifest), command_of(manifest)
         lines.append(
             [
                 "/".join(path.parts[-3:]),
@@ -54,12 +54,13 @@ def _commit(git: dict[str, Any]) -> str:
     return git["commit"][:12] + " + changes" * bool(git.get("dirty")) if git else "unknown"
 
 
-def _command(arguments: list[str]) -> str:
+def command_of(manifest: dict[str, Any]) -> str:
     """The command as typed; the program's own path says nothing and differs between machines."""
-    return shlex.join(["kvarena", *arguments[1:]])
+    return shlex.join(["kvarena", *manifest.get("argv", [])[1:]])
 
 
-def _environment(manifest: dict[str, Any]) -> str:
+def environment_of(manifest: dict[str, Any]) -> str:
+    """Python, packages and machine, as the cell noted them when it began."""
     machine, packages = manifest.get("machine", {}), manifest.get("packages", {})
     versions = [f"{name} {version}" for name, version in packages.items() if version]
     parts = [

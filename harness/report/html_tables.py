@@ -27,10 +27,14 @@ NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
 
 class SortedText(NamedTuple):
-    """What a place of a table shows, and the number or text it is sorted by ("" stands last)."""
+    """What a place of a table shows, and the number or text it is sorted by ("" stands last).
+
+    href: what it links to, if anything.
+    """
 
     text: str
     sort: float | str
+    href: str = ""
 
 
 class TableColumn(NamedTuple):
@@ -52,6 +56,7 @@ def table_columns(cells: pd.DataFrame) -> list[TableColumn]:
     budgets = cells["budget"].str.cat(marks, " ").str.strip()
     ranks = pd.factorize(cells["budget"])[0].tolist()
     name = score_name(cells)
+    with_limits = "kl_mean_low" in cells and cells["kl_mean_low"].notna().any()
 
     def column(heading: str, text: Callable[[Line], SortedText], reading: str = "") -> TableColumn:
         return TableColumn(heading, reading, [text(line) for line in lines])
@@ -61,8 +66,8 @@ def table_columns(cells: pd.DataFrame) -> list[TableColumn]:
         TableColumn("budget", "", list(map(SortedText, budgets, ranks))),
         column(f"{name} % [95 % interval]", _score),
         column(
-            "KL, nats",
-            lambda line: _number(line.get("kl_mean", math.nan), 3),
+            "KL, nats [95 % interval]" if with_limits else "KL, nats",
+            _kl,
             "KL: mean KL(full || policy) per token; lower is better.",
         ),
         column("best at its budget", _standing, "Tie: not significantly below the best."),
@@ -260,6 +265,14 @@ def _standing(line: Line) -> SortedText:
     if line["is_best"]:
         return SortedText("best", 0)
     return SortedText("tie", 1) if line["ties_best"] else SortedText("", "")
+
+
+def _kl(line: Line) -> SortedText:
+    shown = _number(line.get("kl_mean", math.nan), 3)
+    low, high = line.get("kl_mean_low", math.nan), line.get("kl_mean_high", math.nan)
+    if pd.isna(low) or not shown.sort:
+        return shown
+    return shown._replace(text=f"{shown.text} [{low:.3f}, {high:.3f}]")
 
 
 def _interval(line: Line, name: str, *, signed: bool = False) -> SortedText:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 
 from kvarena.harness.analysis.intervals import Difference, paired_difference
-from kvarena.harness.analysis.row_frame import read_rows, recorded_rows
+from kvarena.harness.analysis.row_frame import read_rows, recorded_rows, without_texts
 from kvarena.harness.entry import folder_parser
 from kvarena.harness.errors import UsageError
 from kvarena.harness.files import replacing
 from kvarena.harness.report import text_tables
 from kvarena.harness.store.cell_files import find_cells
-from kvarena.harness.studies.reference import REPOSITORY, between_marks, without_texts
+from kvarena.harness.studies.reference import REPOSITORY, between_marks
 
 
 def folder_of(name: str) -> Path:

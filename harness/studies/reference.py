@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvarena.harness.analysis.row_frame import recorded_rows
+from kvarena.harness.analysis.row_frame import recorded_rows, without_texts
 from kvarena.harness.entry import folder_parser, one_line_errors
 from kvarena.harness.files import replacing
 from kvarena.harness.report import needle_maps, text_tables
@@ -21,7 +21,6 @@ from kvarena.harness.report.after_run import summaries
 REPOSITORY = Path(__file__).resolve().parents[2]
 REFERENCE = REPOSITORY / "results" / "reference"
 PAGES = (REPOSITORY / "README.md", REFERENCE / "README.md")
-_TEXTS = ("prediction", "reference", "references", "meta_all_classes")
 
 
 def main() -> None:
@@ -53,12 +52,6 @@ def renew(task: str) -> None:
     if {needle_maps.LENGTH, needle_maps.DEPTH} <= set(rows.columns):
         needle_maps.needle_overview(rows, REFERENCE / f"{task}.png")
     renew_tables(PAGES, task, REFERENCE / f"{task}-summary.csv")
-
-
-def without_texts(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows without benchmark texts, model texts and the long lists per token."""
-    lists = [name for name in rows.columns if name.endswith(("_per_token", "_by_layer_head"))]
-    return rows.drop(columns=[name for name in [*_TEXTS, *lists] if name in rows.columns])
 
 
 def renew_tables(pages: Iterable[Path], task: str, summary_csv: Path) -> None:
