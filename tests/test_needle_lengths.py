@@ -19,7 +19,7 @@ def cell(policy: str, found: dict[int, float], budget: str = "512") -> pd.DataFr
                 "model": "smollm2-135m",
                 "policy": policy,
                 "budget": budget,
-                "run": f"{policy}-{min(found)}",
+                "run_id": f"{policy}-{min(found)}",
                 "seed": 0,
                 "sample_id": [f"{length}-{n}" for n in range(NUM)],
                 "document": [f"{length}-{n}" for n in range(NUM)],
@@ -43,6 +43,7 @@ def rows() -> pd.DataFrame:
             cell("keydiff", {1000: 0.9, 7000: 0.5}),
             cell("snapkv", {1000: 0.8}),
             cell("snapkv", {7000: 0.0}),  # lengths may be cells of their own
+            cell("tova(protect=4+64)", {1000: 0.1}),
             cell("h2o", dict.fromkeys(LENGTHS, 1.0)).iloc[:-1],
         ],
         ignore_index=True,
@@ -56,7 +57,7 @@ def test_each_length_has_scores_and_pairs_of_its_own(rows: pd.DataFrame) -> None
     assert "h2o" not in summary.index.get_level_values("policy")  # lacks a sample
     pairs = study.pairs_of(rows).set_index("length")
     assert pairs["verdict"][7000] == "keydiff is better"
-    assert pairs["verdict"][1000] == "tie"
+    assert list(pairs["verdict"][1000]) == ["tie", "keydiff is better", "snapkv is better"]
     assert (pairs[["policy", "other"]] != "full").all(axis=None)  # of another budget
 
 
@@ -66,9 +67,12 @@ def test_tables_and_picture_name_all(rows: pd.DataFrame) -> None:
     assert scores[0] == "| policy | 1000 tokens | 7000 tokens |"
     assert [line.split("`")[1] for line in scores[2:5]] == ["full", "keydiff", "snapkv"]
     assert "| 90 [" in scores[3]
-    assert scores[5].startswith("| smallest detectable difference")
-    (pair,) = study.pairs_table(pairs).splitlines()[2:]
-    assert pair.startswith("| 7000 | `keydiff` | `snapkv` | 50 [")
+    assert scores[5].startswith("| `tova` | 10 [")
+    assert scores[5].endswith("| not run |")
+    assert scores[6].startswith("| smallest detectable difference")
+    found = study.pairs_table(pairs).splitlines()[2:]
+    assert len(found) == 3
+    assert found[-1].startswith("| 7000 | `keydiff` | `snapkv` | 50 [")
     svg = study.picture(summary).decode()
     for name in ("keydiff", "snapkv", "full", "7000"):
         assert name in svg

@@ -15,6 +15,7 @@ from kvarena.harness.report.policy_styles import policy_style
 from kvarena.harness.studies import recorded_study
 
 NAME = "needle-lengths"
+PROTECT = "4+64"  # as conf/experiment/needle_lengths.yaml has it
 FOLDER = recorded_study.folder_of(NAME)
 
 
@@ -44,8 +45,9 @@ def pairs_of(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _contests(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of cells that have every sample, with the length in their task."""
-    complete = recorded_study.complete_cells(rows, ["policy", "budget", "run"])
+    complete = recorded_study.complete_cells(rows, ["policy", "budget", "run_id"])
     whole = pd.concat(complete.values())
+    whole["policy"] = whole["policy"].str.removesuffix(f"(protect={PROTECT})")  # all have it
     whole["task"] = "needle-" + whole["meta_length_target"].astype(int).astype(str)
     planned = whole.groupby(["task", "policy", "budget"])["sample_id"].transform("nunique")
     return whole.assign(num_planned=planned)
@@ -59,7 +61,8 @@ def _by_length(lines: pd.DataFrame) -> pd.DataFrame:
 def scores_table(summary: pd.DataFrame, pairs: pd.DataFrame) -> str:
     """A line per policy, a column per length; the last line says what could have been seen."""
     lengths = list(dict.fromkeys(summary["length"]))
-    order = summary.groupby("policy")["score"].mean().sort_values(ascending=False).index
+    scores = summary.pivot(index="policy", columns="length", values="score")
+    order = scores.dropna(axis=1).mean(axis=1).sort_values(ascending=False).index
     lines = [
         "| policy | " + " | ".join(f"{length} tokens" for length in lengths) + " |",
         "| --- |" + " ---: |" * len(lengths),
@@ -68,6 +71,9 @@ def scores_table(summary: pd.DataFrame, pairs: pd.DataFrame) -> str:
     for policy in order:
         texts = []
         for length in lengths:
+            if pd.isna(scores.loc[policy, length]):
+                texts.append("not run")
+                continue
             cell = cells.loc[(policy, length)]
             low, high = 100 * cell["score_low"], 100 * cell["score_high"]
             texts.append(f"{100 * cell['score']:.0f} [{low:.0f}, {high:.0f}]")
