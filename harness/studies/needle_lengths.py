@@ -127,7 +127,6 @@ def picture(summary: pd.DataFrame) -> bytes:
         axes.set_ylim(-3, 103)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#dddddd", lw=0.5, axis="y")
-        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
         return budget_charts.as_svg(figure)
 
 
